@@ -1,0 +1,3 @@
+"""lsync-compile: a ``torch.compile`` backend and runtime for LatentSync."""
+
+__version__ = "0.1.0"
