@@ -1,0 +1,38 @@
+# `make demo` and `make test` each set up everything they need on a fresh machine.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= out
+DEMO   := src/lsync_compile/assets/sample
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# torch 2.13.0 is inside the supported range; naming one release keeps installs alike.
+$(BIN)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: $(BIN)/.installed  ## Lip-sync the bundled sample with the bundled model
+	@mkdir -p $(OUT)
+	$(BIN)/lsync sync $(DEMO)/talking.mp4 $(DEMO)/speech.wav -o $(OUT)/demo.mp4 \
+		--report $(OUT)/demo.json
+	@echo "video:  $(OUT)/demo.mp4"
+	@echo "report: $(OUT)/demo.json"
+
+test: $(BIN)/.installed  ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/.installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## Remove what the other targets made
+	rm -rf $(VENV) $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache
