@@ -1,0 +1,119 @@
+"""What all benchmarks share: timing, the description of the machine, one JSON form of results."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+# The UNet of LatentSync 1.5 and 1.6 (configs/unet/stage2_512.yaml), 1,267 M parameters.
+STAGE2_512: dict[str, Any] = {
+    "sample_size": 64,
+    "in_channels": 13,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 384,
+    "norm_num_groups": 32,
+    "use_motion_module": True,
+    "motion_module_resolutions": (1, 2, 4, 8),
+    "motion_module_mid_block": False,
+    "motion_module_decoder_only": False,
+    "motion_module_type": "Vanilla",
+    "motion_module_kwargs": {
+        "num_attention_heads": 8,
+        "num_transformer_block": 1,
+        "attention_block_types": ("Temporal_Self", "Temporal_Self"),
+        "temporal_position_encoding": True,
+        "temporal_position_encoding_max_len": 24,
+        "temporal_attention_dim_div": 1,
+        "zero_initialize": True,
+    },
+    "add_audio_layer": True,
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call: 20th, 50th and 80th percentile over ``runs``."""
+
+    p20: float
+    p50: float
+    p80: float
+    runs: int
+
+    def to_dict(self) -> dict[str, float]:
+        """The timing as plain data."""
+        return {name: round(value, 4) for name, value in asdict(self).items()}
+
+
+def measure(
+    call: Callable[[], object], device: torch.device, *, warmup: int = 3, runs: int = 20
+) -> Timing:
+    """Time ``call``: with CUDA events on a GPU, with the wall clock on a CPU."""
+    for _ in range(warmup):
+        call()
+    milliseconds = []
+    for _ in range(runs):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            milliseconds.append(begin.elapsed_time(end))
+        else:
+            start = time.perf_counter()
+            call()
+            milliseconds.append((time.perf_counter() - start) * 1e3)
+    return Timing(*percentiles(milliseconds), runs=runs)
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]
+
+
+def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """The 2-norm of the difference over that of the reference, in float64."""
+    output, reference = output.double(), reference.double()
+    return float(torch.linalg.vector_norm(output - reference) / torch.linalg.vector_norm(reference))
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Device, versions and date: part of every recorded result."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "diffusers", "lsync-compile"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "device": name or platform.machine(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **versions,
+    }
+
+
+def write_results(path: Path, question: str, device: torch.device, rows: list[dict]) -> None:
+    """Write ``{question, machine, rows}`` as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"question": question, "machine": machine(device), "rows": rows}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"wrote {path}")

@@ -1,0 +1,297 @@
+"""The command line: ``lsync sync | quality | explain | doctor``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lsync_compile import __version__
+from lsync_compile.errors import LsyncError, OptionError
+
+app = typer.Typer(
+    name="lsync",
+    help="Real-time lip sync with LatentSync, compiled.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+INTERRUPTED = 130  # what a shell expects after Ctrl-C
+
+
+class Preset(str, Enum):
+    """Named sets of options."""
+
+    exact = "exact"
+    balanced = "balanced"
+    turbo = "turbo"
+
+
+class Lowering(str, Enum):
+    """What runs a compiled graph."""
+
+    inductor = "inductor"
+    eager = "eager"
+
+
+class MissingFace(str, Enum):
+    """What to do with a frame without a usable face."""
+
+    keep = "pass"
+    fail = "fail"
+
+
+class Detector(str, Enum):
+    """What finds the face."""
+
+    mtcnn = "mtcnn"
+    insightface = "insightface"
+
+
+class DType(str, Enum):
+    """Number format of the UNet and the VAE."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+Checkpoint = Annotated[
+    str,
+    typer.Option(help="'mini' (bundled) or the folder of a LatentSync 1.5/1.6 checkpoint."),
+]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; the first GPU if any.")]
+NumberFormat = Annotated[
+    DType | None, typer.Option(help="float16 on a GPU and float32 on a CPU by default.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lsync-compile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it, leave."),
+    ] = False,
+) -> None:
+    """Real-time lip sync with LatentSync, compiled."""
+
+
+@app.command()
+def sync(
+    video: Annotated[Path, typer.Argument(help="Clip with one talking face.")],
+    audio: Annotated[
+        Path | None, typer.Argument(help="Speech to sync to; the clip's own sound if left out.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="MP4 to write; replaced only when finished.")
+    ] = Path("out.mp4"),
+    checkpoint: Checkpoint = "mini",
+    preset: Annotated[Preset, typer.Option(help="Options as a set.")] = Preset.balanced,
+    lowering: Annotated[
+        Lowering | None,
+        typer.Option(help="inductor compiles (default on a GPU), eager runs the rewritten graph."),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Without, the plain pipeline runs.")
+    ] = True,
+    strict: Annotated[
+        bool, typer.Option(help="Fail where a graph cannot be compiled, no eager fallback.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps a chunk.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1.0 switches it off.")] = 1.5,
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames a chunk.")] = 16,
+    max_frames: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many frames.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all random draws.")] = 1247,
+    mask: Annotated[
+        Path | None, typer.Option(help="Picture of the mouth mask, black is generated.")
+    ] = None,
+    on_missing_face: Annotated[
+        MissingFace, typer.Option(help="pass leaves such frames unchanged.")
+    ] = MissingFace.keep,
+    detector: Annotated[Detector, typer.Option(help="Finds the face.")] = Detector.mtcnn,
+    device: Device = None,
+    dtype: NumberFormat = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write the run's report here as JSON.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Sync the mouth in VIDEO to AUDIO."""
+    import torch
+
+    import lsync_compile
+
+    place = choose_device(device)
+    console = Console(stderr=True, quiet=quiet or as_json)
+    with console.status(f"Loading {checkpoint} on {place} …"):
+        pipe = lsync_compile.LatentSyncPipeline.from_pretrained(
+            checkpoint,
+            torch_dtype=choose_dtype(dtype, place),
+            device=place,
+            detector=detector.value,
+        )
+    if compiled:
+        options: dict[str, Any] = {"preset": preset.value, "strict": strict}
+        # Inductor's C++ takes minutes on a CPU, more than it saves on one clip.
+        chosen = lowering or (Lowering.inductor if place.type == "cuda" else Lowering.eager)
+        pipe = torch.compile(pipe, backend="lsync", options={**options, "lowering": chosen.value})
+    elif lowering is not None or strict:
+        raise OptionError("--no-compile leaves nothing for --lowering or --strict to act on")
+    with _progress(console, "Syncing") as advance:
+        result = pipe(
+            video_path=video,
+            audio_path=audio,
+            video_out_path=output,
+            num_frames=num_frames,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            mask_image_path=mask,
+            generator=torch.Generator(place).manual_seed(seed),
+            on_missing_face=on_missing_face.value,
+            max_frames=max_frames,
+            progress=advance,
+        )
+    summary = {
+        "output": str(output),
+        "frames": result.num_frames,
+        "frames_without_face": result.missing_faces,
+        "seconds": round(result.seconds, 3),
+        "frames_per_second": round(result.num_frames / result.seconds, 3),
+        "device": str(place),
+        "report": pipe.lsync.report().to_dict() if compiled else None,
+    }
+    if report is not None:
+        report.write_text(json.dumps(summary, indent=2) + "\n")
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    elif not quiet:
+        if compiled:
+            console.print(str(pipe.lsync.report()))
+        missing = f", {result.missing_faces} without a face" if result.missing_faces else ""
+        typer.echo(
+            f"{output}: {result.num_frames} frames{missing} in {result.seconds:.1f} s "
+            f"({summary['frames_per_second']:.2f} frames/s)"
+        )
+
+
+@app.command()
+def explain(
+    checkpoint: Checkpoint = "mini",
+    preset: Annotated[Preset, typer.Option(help="Options as a set.")] = Preset.balanced,
+    lowering: Annotated[Lowering, typer.Option(help="What would run it.")] = Lowering.eager,
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames a chunk.")] = 16,
+    guidance: Annotated[bool, typer.Option(help="With the doubled batch of guidance.")] = True,
+    dump: Annotated[
+        Path | None, typer.Option(help="Folder for the graph before and after each pass.")
+    ] = None,
+    device: Device = None,
+    dtype: NumberFormat = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the backend does with a checkpoint's UNet, pass by pass, and why not."""
+    import lsync_compile
+    from lsync_compile.hook import explain as explain_module
+
+    place = choose_device(device)
+    number_format = choose_dtype(dtype, place)
+    pipe = lsync_compile.LatentSyncPipeline.from_pretrained(
+        checkpoint, torch_dtype=number_format, device=place
+    )
+    explanation = explain_module(
+        pipe.unet,
+        example_inputs=pipe.example_unet_inputs(num_frames=num_frames, guided=guidance),
+        preset=preset.value,
+        lowering=lowering.value,
+        dump_dir=dump,
+    )
+    typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: versions, devices, codecs, the bundled model, a small compile."""
+    from lsync_compile.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([finding.to_dict() for finding in findings], indent=2))
+    else:
+        console = Console()
+        marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failed": "[red]failed[/]"}
+        for finding in findings:
+            console.print(f"{marks[finding.state]:>18}  [bold]{finding.name}[/]: {finding.detail}")
+    if any(finding.state == "failed" for finding in findings):
+        raise typer.Exit(1)
+
+
+def choose_device(name: str | None) -> Any:
+    """The torch device for ``--device``; the first GPU, else the CPU, for None."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise OptionError(f"--device {name}: no such device; use cuda, cuda:N or cpu") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+    return device
+
+
+def choose_dtype(dtype: DType | None, device: Any) -> Any:
+    """The torch dtype for ``--dtype``; half precision on a GPU, float32 on a CPU for None."""
+    import torch
+
+    default = DType.float16 if device.type == "cuda" else DType.float32
+    return getattr(torch, (dtype or default).value)
+
+
+@contextmanager
+def _progress(console: Console, label: str) -> Iterator[Any]:
+    """A bar with the time left; yields ``advance(done, total)``."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console.quiet,
+    ) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def main() -> None:
+    """Entry point: errors become one line on standard error and an exit code."""
+    try:
+        app()
+    except LsyncError as error:
+        typer.echo(f"lsync: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("lsync: interrupted; no output was written", err=True)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""From a video file to chunks of frames that each have a place for a face.
+
+The clip is read once, frame by frame, and played back and forth where the sound is longer than the
+clip. Every frame of the clip is detected and aligned on its first, forward showing; later showings
+reuse its matrix, so a looped clip costs no second detection and its matrices do not depend on the
+direction of play.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lsync_compile.errors import NoFaceError, OptionError
+from lsync_compile.media.align import FaceAligner, crop_face
+from lsync_compile.media.faces import FaceDetector, Frame
+from lsync_compile.media.video import PingPongReader
+
+Matrix = NDArray[np.float32]
+
+
+@dataclass
+class Chunk:
+    """Consecutive output frames that share one denoising run.
+
+    Attributes:
+        index: position of the chunk in the output, from 0.
+        start: output index of its first frame.
+        sources: position in the clip of each frame.
+        frames: f pictures of shape (H, W, 3), uint8 RGB.
+        matrices: f matrices of shape (2, 3), picture to aligned square; None without a face.
+        faces: (f, 3, R, R) uint8, the aligned faces. A frame without a face borrows the nearest
+            face of the chunk, so that temporal attention sees a plausible picture.
+    """
+
+    index: int
+    start: int
+    sources: list[int]
+    frames: list[Frame]
+    matrices: list[Matrix | None]
+    faces: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def has_face(self) -> list[bool]:
+        """Whether each frame shows a usable face."""
+        return [matrix is not None for matrix in self.matrices]
+
+
+@dataclass
+class FaceTracker:
+    """Detects and aligns each frame of one clip once, in forward order.
+
+    Args:
+        detector: finds the face.
+        resolution: side R of the aligned square in pixels.
+        on_missing_face: ``"pass"`` leaves frames without a usable face as they are, ``"fail"``
+            raises NoFaceError at the first one.
+
+    Raises:
+        OptionError: ``on_missing_face`` is something else.
+    """
+
+    detector: FaceDetector
+    resolution: int
+    on_missing_face: str = "pass"
+    _matrices: dict[int, Matrix | None] = field(default_factory=dict)
+    _aligner: FaceAligner = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.on_missing_face not in ("pass", "fail"):
+            raise OptionError(
+                f"on_missing_face must be 'pass' or 'fail', not {self.on_missing_face!r}"
+            )
+        self._aligner = FaceAligner(self.resolution)
+
+    def matrix(self, source: int, frame: Frame) -> Matrix | None:
+        """The alignment of frame ``source`` of the clip, or None if it shows no usable face."""
+        if source not in self._matrices:
+            face = self.detector.detect(frame)
+            if face is None and self.on_missing_face == "fail":
+                raise NoFaceError(
+                    f"frame {source} ({source / 25:.2f} s at 25 fps) shows no usable face; "
+                    "use on_missing_face='pass' to leave such frames unchanged"
+                )
+            self._matrices[source] = None if face is None else self._aligner.matrix(face.landmarks)
+        return self._matrices[source]
+
+    @property
+    def missing(self) -> int:
+        """How many frames of the clip were seen and show no usable face."""
+        return sum(matrix is None for matrix in self._matrices.values())
+
+    @property
+    def found(self) -> int:
+        """How many frames of the clip were seen and show a usable face."""
+        return len(self._matrices) - self.missing
+
+
+def read_chunks(
+    video_path: str | Path, count: int, num_frames: int, fps: int, tracker: FaceTracker
+) -> Iterator[Chunk]:
+    """Yield the ``count`` output frames of a clip as chunks of ``num_frames``; the last is short.
+
+    Memory holds one chunk of pictures at a time, whatever the length of the clip.
+
+    Raises:
+        NoFaceError: the whole clip, or all of it that is used, shows no usable face.
+        MediaError: the file cannot be read.
+    """
+    chunk = Chunk(0, 0, [], [], [])
+    for position, (source, frame) in enumerate(PingPongReader(video_path, count, fps)):
+        chunk.sources.append(source)
+        chunk.frames.append(frame)
+        chunk.matrices.append(tracker.matrix(source, frame))
+        if len(chunk) == num_frames or position == count - 1:
+            chunk.faces = _crop_faces(chunk, tracker.resolution)
+            yield chunk
+            chunk = Chunk(chunk.index + 1, position + 1, [], [], [])
+    if tracker.found == 0:
+        raise NoFaceError(
+            f"{video_path}: no usable face in any of the {tracker.missing} frames looked at; "
+            "use a clip whose face is upright, unobstructed and at least 50 pixels wide"
+        )
+
+
+def nearest_valid(valid: list[bool]) -> list[int | None]:
+    """For each position the nearest position that is valid (the earlier of two), else None."""
+    places = [place for place, ok in enumerate(valid) if ok]
+    return [
+        min(places, key=lambda place: (abs(place - position), place)) if places else None
+        for position in range(len(valid))
+    ]
+
+
+def _crop_faces(chunk: Chunk, resolution: int) -> torch.Tensor | None:
+    donors = nearest_valid(chunk.has_face)
+    if not any(chunk.has_face):
+        return None
+    crops: dict[int, Frame] = {}
+    for donor in donors:
+        assert donor is not None
+        matrix = chunk.matrices[donor]
+        if donor not in crops and matrix is not None:
+            crops[donor] = crop_face(chunk.frames[donor], matrix, resolution)
+    stacked = np.stack([crops[donor] for donor in donors if donor is not None])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2)

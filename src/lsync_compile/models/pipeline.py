@@ -1,0 +1,472 @@
+"""LatentSync as a diffusers pipeline that streams: clip and speech in, synced clip out.
+
+For each chunk of 16 aligned faces the pipeline encodes the masked and the reference faces with the
+VAE, denoises latents with the 3-D UNet conditioned on the sound, decodes, and pastes the mouth back
+into the frames (LatentSync, arXiv:2412.09262). Chunks pass through one at a time, so memory does
+not depend on the length of the clip. Argument names follow the original ``LipsyncPipeline``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from lsync_compile.errors import MediaError, MemoryLimitError
+from lsync_compile.media.align import restore_face
+from lsync_compile.media.audio import load_audio
+from lsync_compile.media.faces import FaceDetector, create_detector
+from lsync_compile.media.mask import mouth_mask
+from lsync_compile.media.tracking import Chunk, FaceTracker, Frame, read_chunks
+from lsync_compile.media.video import VideoWriter, count_frames, probe
+from lsync_compile.models.audio import AudioEncoder, audio_windows
+from lsync_compile.models.checkpoint import (
+    load_audio_encoder,
+    load_unet,
+    load_vae,
+    resolve_checkpoint,
+)
+from lsync_compile.models.job import (
+    SAMPLE_RATE,
+    ChunkResult,
+    Job,
+    LipsyncOutput,
+    ProgressCallback,
+    StepCallback,
+    check_chunk_length,
+    check_compatibility_arguments,
+    check_counts,
+    check_resolution,
+)
+from lsync_compile.models.scheduler import default_scheduler
+from lsync_compile.models.unet import UNet3DConditionModel
+from lsync_compile.runtime.context import step_context
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """What a chunk's denoising is conditioned on; h = w = R / 8, batch 2 with guidance."""
+
+    audio: Tensor | None  # (2 f, S, D), the null half first
+    fixed: Tensor  # (2, 9, f, h, w): mask, masked-image latents, reference latents
+    pixels: Tensor  # (f, 3, R, R) in [-1, 1]
+
+
+class LatentSyncPipeline(DiffusionPipeline):
+    """Syncs the mouth of a talking clip to new speech.
+
+    Args:
+        vae: Stable Diffusion's VAE (``AutoencoderKL``, 4 latent channels).
+        audio_encoder: sound to features at 50 Hz, see :class:`AudioEncoder`.
+        unet: LatentSync's UNet; ``unet.config.sample_size`` sets the resolution.
+        scheduler: any diffusers scheduler that predicts noise; DDIM by default.
+        detector: finds the face in a frame; MTCNN by default.
+        mask_path: picture of the mouth mask (black is generated); the built-in mask by default.
+    """
+
+    vae: Any
+    audio_encoder: AudioEncoder
+    unet: UNet3DConditionModel
+    scheduler: Any
+
+    def __init__(
+        self,
+        vae: Any,
+        audio_encoder: Any,
+        unet: Any,
+        scheduler: Any = None,
+        *,
+        detector: FaceDetector | None = None,
+        mask_path: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            audio_encoder=audio_encoder,
+            unet=unet,
+            scheduler=scheduler or default_scheduler(),
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.detector = detector or create_detector("mtcnn")
+        self.mask_path = mask_path
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name_or_folder: str | Path,
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        detector: str = "mtcnn",
+    ) -> LatentSyncPipeline:
+        """Load ``"mini"`` (bundled) or the folder of a LatentSync 1.5 or 1.6 checkpoint.
+
+        Args:
+            name_or_folder: ``"mini"`` or a folder with ``latentsync_unet.pt``, the VAE and Whisper.
+            torch_dtype: of the UNet and the VAE. The audio encoder stays in float32.
+            device: where the models go.
+            detector: ``"mtcnn"`` or ``"insightface"`` (extra).
+
+        Raises:
+            CheckpointError: a file is missing or does not fit; the message names it.
+        """
+        checkpoint = resolve_checkpoint(name_or_folder)
+        pipeline = cls(
+            vae=load_vae(checkpoint, dtype=torch_dtype),
+            audio_encoder=load_audio_encoder(checkpoint),
+            unet=load_unet(checkpoint.unet_file, checkpoint.unet_config, dtype=torch_dtype),
+            detector=create_detector(detector),
+            mask_path=checkpoint.mask_file,
+        )
+        return pipeline.to(device)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the aligned face in pixels that the UNet was trained for."""
+        return int(self.unet.config.sample_size) * self.vae_scale_factor
+
+    @property
+    def mask(self) -> Tensor:
+        """(1, R, R) float32: 1 where the aligned face is kept, 0 where it is generated."""
+        return mouth_mask(self.resolution, self.mask_path)
+
+    def example_unet_inputs(self, num_frames: int = 16, guided: bool = True) -> dict[str, Tensor]:
+        """Random inputs of one UNet step, of the shapes and dtypes that a chunk has."""
+        config, side = self.unet.config, int(self.unet.config.sample_size)
+        device, dtype = self._execution_device, self.unet.dtype
+        batch = 2 if guided else 1
+        tokens = 10 * self.audio_encoder.states  # 2 * (2 + 1 + 2) positions of each state
+        shape = (batch, config.in_channels, num_frames, side, side)
+        return {
+            "sample": torch.randn(shape, device=device, dtype=dtype),
+            "timestep": torch.tensor(501, device=device),
+            "encoder_hidden_states": torch.randn(
+                batch * num_frames, tokens, config.cross_attention_dim, device=device, dtype=dtype
+            ),
+        }
+
+    def __call__(
+        self,
+        video_path: str | Path,
+        audio_path: str | Path | None = None,
+        video_out_path: str | Path = "out.mp4",
+        num_frames: int = 16,
+        video_fps: int = 25,
+        audio_sample_rate: int = SAMPLE_RATE,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.5,
+        weight_dtype: torch.dtype | None = None,
+        eta: float = 0.0,
+        mask_image_path: str | Path | None = None,
+        temp_dir: str | Path | None = None,
+        generator: torch.Generator | None = None,
+        callback: StepCallback | None = None,
+        callback_steps: int = 1,
+        *,
+        on_missing_face: str = "pass",
+        max_frames: int | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> LipsyncOutput:
+        """Sync ``video_path`` to ``audio_path`` and write ``video_out_path``.
+
+        The output is as long as the sound, at ``video_fps``; a shorter clip is played back and
+        forth. An existing output file is replaced only by a finished one.
+
+        Args:
+            video_path: clip with one talking face; any rate, resampled to ``video_fps``.
+            audio_path: speech, any container and rate; None takes the clip's own sound.
+            video_out_path: file to write; its folder must exist.
+            num_frames: frames a chunk.
+            video_fps: frames/s of the output; the models are trained for 25.
+            audio_sample_rate: must be 16000, kept for compatibility with the original.
+            height, width: side of the aligned face in pixels; the UNet's own by default.
+            num_inference_steps: denoising steps a chunk.
+            guidance_scale: weight of classifier-free guidance; 1.0 and below switch it off.
+            weight_dtype: kept for compatibility; None or the dtype of the UNet.
+            eta: DDIM's eta, 0 is deterministic.
+            mask_image_path: picture that replaces the pipeline's mouth mask.
+            temp_dir: ignored, kept for compatibility: nothing is written but the output file.
+            generator: source of all random draws; None is torch's global one.
+            callback: called as ``callback(step, timestep, latents)`` every ``callback_steps``.
+            on_missing_face: ``"pass"`` leaves frames without a face as they are, ``"fail"`` raises.
+            max_frames: stop after this many frames.
+            progress: called as ``progress(done, total)`` in denoising steps instead of the bar.
+
+        Raises:
+            OptionError, MediaError, NoFaceError, MemoryLimitError: one line each, nothing written.
+        """
+        begin = time.perf_counter()
+        job = self._plan(
+            video_path,
+            audio_path,
+            num_frames=num_frames,
+            video_fps=video_fps,
+            audio_sample_rate=audio_sample_rate,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            weight_dtype=weight_dtype,
+            eta=eta,
+            mask_image_path=mask_image_path,
+            generator=generator,
+            callback=callback,
+            callback_steps=callback_steps,
+            on_missing_face=on_missing_face,
+            max_frames=max_frames,
+            progress=progress,
+        )
+        info = probe(video_path)
+        written = missing = 0
+        with VideoWriter(
+            video_out_path,
+            info.width,
+            info.height,
+            fps=video_fps,
+            audio=job.sound,
+            sample_rate=audio_sample_rate,
+        ) as writer:
+            for result in self._run(job):
+                for frame in result.frames:
+                    writer.write(frame)
+                written += len(result.frames)
+                missing += result.has_face.count(False)
+        return LipsyncOutput(
+            video_path=str(video_out_path),
+            num_frames=written,
+            missing_faces=missing,
+            seconds=time.perf_counter() - begin,
+        )
+
+    def synthesize(
+        self, video_path: str | Path, audio_path: str | Path | None = None, **arguments: Any
+    ) -> Iterator[ChunkResult]:
+        """Yield finished chunks one by one and write nothing; arguments as for a call.
+
+        Arguments are checked at once, work starts with the first chunk that is asked for.
+        """
+        return self._run(self._plan(video_path, audio_path, **arguments))
+
+    def _plan(
+        self,
+        video_path: str | Path,
+        audio_path: str | Path | None,
+        *,
+        num_frames: int = 16,
+        video_fps: int = 25,
+        audio_sample_rate: int = SAMPLE_RATE,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.5,
+        weight_dtype: torch.dtype | None = None,
+        eta: float = 0.0,
+        mask_image_path: str | Path | None = None,
+        generator: torch.Generator | None = None,
+        callback: StepCallback | None = None,
+        callback_steps: int = 1,
+        on_missing_face: str = "pass",
+        max_frames: int | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Job:
+        """Check the arguments, read the sound and settle how many frames come out."""
+        resolution = check_resolution(
+            height or self.resolution, width or self.resolution, self.vae_scale_factor
+        )
+        check_counts(
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            callback_steps=callback_steps,
+            video_fps=video_fps,
+            max_frames=1 if max_frames is None else max_frames,
+        )
+        check_chunk_length(num_frames, self.unet.max_frames)
+        check_compatibility_arguments(audio_sample_rate, weight_dtype, self.unet.dtype)
+        sound_path = video_path if audio_path is None else audio_path
+        sound = load_audio(sound_path, sample_rate=audio_sample_rate)
+        count = math.ceil(len(sound) * video_fps / audio_sample_rate - 1e-6)
+        if count == 0:
+            raise MediaError(f"{sound_path}: the sound is empty; there is nothing to sync to")
+        if audio_path is None:
+            count = min(count, count_frames(video_path, video_fps))
+        if max_frames is not None:
+            count = min(count, max_frames)
+        mask = mouth_mask(resolution, mask_image_path or self.mask_path)
+        return Job(
+            video_path=video_path,
+            sound=sound,
+            count=count,
+            fps=video_fps,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            mask=mask.to(self._execution_device),
+            generator=generator,
+            callback=callback,
+            callback_steps=callback_steps,
+            progress=progress,
+            tracker=FaceTracker(self.detector, resolution, on_missing_face),
+        )
+
+    def _run(self, job: Job) -> Iterator[ChunkResult]:
+        """Stream a planned job, one chunk after the other."""
+        features = self.audio_encoder.encode(torch.from_numpy(job.sound))
+        noise = self._initial_noise(job)
+        total = job.chunks * job.num_inference_steps
+        bar = self.progress_bar(total=total) if job.progress is None else None
+        run = object()
+        self.unet.eval()
+        try:
+            begin = time.perf_counter()
+            for chunk in read_chunks(
+                job.video_path, job.count, job.num_frames, job.fps, job.tracker
+            ):
+                done = chunk.index * job.num_inference_steps
+
+                def advance(step: int, done: int = done) -> None:
+                    if job.progress is not None:
+                        job.progress(done + step, total)
+                    elif bar is not None:
+                        bar.update(done + step - bar.n)
+
+                audio = audio_windows(features, chunk.start, len(chunk), fps=job.fps)
+                synced = self._synthesize_chunk(job, chunk, audio, noise, run, advance)
+                advance(job.num_inference_steps)
+                frames = self._restore(chunk, synced)
+                yield ChunkResult(
+                    index=chunk.index,
+                    frame_indices=list(range(chunk.start, chunk.start + len(chunk))),
+                    original=chunk.frames,
+                    faces=chunk.faces,
+                    synced=synced,
+                    frames=frames,
+                    has_face=chunk.has_face,
+                    seconds=time.perf_counter() - begin,
+                )
+                begin = time.perf_counter()
+        except torch.OutOfMemoryError as error:
+            raise MemoryLimitError(
+                f"out of device memory with num_frames={job.num_frames}; use a smaller "
+                "num_frames, torch_dtype=torch.float16 or a smaller checkpoint"
+            ) from error
+        finally:
+            if bar is not None:
+                bar.close()
+
+    @torch.no_grad()
+    def _synthesize_chunk(
+        self,
+        job: Job,
+        chunk: Chunk,
+        audio: Tensor,
+        noise: Tensor,
+        run: object,
+        advance: Callable[[int], None],
+    ) -> Tensor | None:
+        """Generated faces (f, 3, R, R) in [-1, 1]; None if no frame of the chunk shows a face."""
+        if chunk.faces is None:
+            return None
+        conditions = self._condition(job, chunk.faces, audio)
+        latents = noise.expand(-1, -1, len(chunk), -1, -1)
+        latents = self._denoise(job, latents, conditions, (run, chunk.index), advance)
+        return self._decode(latents, conditions.pixels, job.mask)
+
+    def _initial_noise(self, job: Job) -> Tensor:
+        """(1, 4, 1, h, w): one frame of noise shared by all frames of the run."""
+        side = job.mask.shape[-1] // self.vae_scale_factor
+        device = self._execution_device if job.generator is None else job.generator.device
+        return torch.randn(
+            (1, self.vae.config.latent_channels, 1, side, side),
+            generator=job.generator,
+            device=device,
+            dtype=self.unet.dtype,
+        ).to(self._execution_device)
+
+    def _encode(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+        """(f, 3, R, R) in [-1, 1] to scaled latents (1, 4, f, h, w)."""
+        latents = self.vae.encode(pixels).latent_dist.sample(generator)
+        shift = self.vae.config.shift_factor or 0.0
+        latents = (latents - shift) * self.vae.config.scaling_factor
+        return latents.transpose(0, 1).unsqueeze(0)
+
+    def _condition(self, job: Job, faces: Tensor, audio: Tensor) -> _Conditions:
+        """Encode a chunk: faces (f, 3, R, R) uint8, audio (f, S, D)."""
+        device, dtype = self._execution_device, self.unet.dtype
+        pixels = (faces.to(device).float() / 255.0 - 0.5) / 0.5
+        # The order of the two random draws is part of the result: masked first, then reference.
+        masked_latents = self._encode((pixels * job.mask).to(dtype), job.generator)
+        reference_latents = self._encode(pixels.to(dtype), job.generator)
+        side = masked_latents.shape[-1]
+        small_mask = torch.nn.functional.interpolate(job.mask[None], size=(side, side))
+        small_mask = small_mask.unsqueeze(2).expand(1, 1, len(faces), side, side)
+        fixed = torch.cat([small_mask.to(dtype), masked_latents, reference_latents], dim=1)
+        audio = audio.to(device=device, dtype=dtype)
+        if job.guided:
+            fixed = torch.cat([fixed, fixed])
+            audio = torch.cat([torch.zeros_like(audio), audio])
+        has_audio = self.unet.config.add_audio_layer
+        return _Conditions(audio if has_audio else None, fixed, pixels)
+
+    def _denoise(
+        self,
+        job: Job,
+        latents: Tensor,
+        conditions: _Conditions,
+        place: tuple[object, int],
+        advance: Callable[[int], None],
+    ) -> Tensor:
+        """Noise (1, 4, f, h, w) to clean latents of the same shape; ``place`` is (run, chunk)."""
+        # Set anew for each chunk: multi-step solvers keep the last chunk's history otherwise.
+        self.scheduler.set_timesteps(job.num_inference_steps, device=latents.device)
+        latents = latents * self.scheduler.init_noise_sigma
+        extra = self._scheduler_arguments(job)
+        timesteps = self.scheduler.timesteps
+        run, chunk = place
+        for step, timestep in enumerate(timesteps):
+            sample = self.scheduler.scale_model_input(latents, timestep)
+            sample = torch.cat([sample, sample]) if job.guided else sample
+            sample = torch.cat([sample, conditions.fixed], dim=1)
+            with step_context(run=run, chunk=chunk, step=step, steps=len(timesteps)):
+                noise = self.unet(sample, timestep, encoder_hidden_states=conditions.audio).sample
+            if job.guided:
+                null, heard = noise.chunk(2)
+                noise = null + job.guidance_scale * (heard - null)
+            latents = self.scheduler.step(noise, timestep, latents, **extra).prev_sample
+            advance(step + 1)
+            if job.callback is not None and step % job.callback_steps == 0:
+                job.callback(step, timestep, latents)
+        return latents
+
+    def _scheduler_arguments(self, job: Job) -> dict[str, object]:
+        """The arguments of ``scheduler.step`` that not every scheduler takes."""
+        offered: dict[str, object] = {"eta": job.eta, "generator": job.generator}
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in offered.items() if name in accepted}
+
+    def _decode(self, latents: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
+        """Latents (1, 4, f, h, w) to faces (f, 3, R, R) in [-1, 1], surroundings pasted back."""
+        shift = self.vae.config.shift_factor or 0.0
+        flat = (latents / self.vae.config.scaling_factor + shift)[0].transpose(0, 1)
+        decoded = self.vae.decode(flat).sample
+        return decoded * (1 - mask).to(decoded.dtype) + (pixels * mask).to(decoded.dtype)
+
+    def _restore(self, chunk: Chunk, synced: Tensor | None) -> list[Frame]:
+        """Paste the generated faces into the chunk's pictures; others pass through."""
+        if synced is None:
+            return chunk.frames
+        synced = synced.float().cpu()
+        return [
+            frame if matrix is None else restore_face(frame, face, matrix)
+            for frame, face, matrix in zip(chunk.frames, synced, chunk.matrices, strict=True)
+        ]
