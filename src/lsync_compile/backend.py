@@ -1,0 +1,212 @@
+"""The ``"lsync"`` backend: a captured graph goes through the passes to a lowering.
+
+``torch.compile(model, backend="lsync")`` finds :func:`lsync` through the package's entry point.
+Importing this module also installs the hook for pipeline objects (:mod:`lsync_compile.hook`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch._guards import CompileContext
+from torch.fx import GraphModule
+
+from lsync_compile.errors import CompileError
+from lsync_compile.graph.copying import copy_graph
+from lsync_compile.lowering import get_lowering
+from lsync_compile.lowering.base import GraphFunction
+from lsync_compile.options import resolve_options
+from lsync_compile.passes.manager import PassManager
+from lsync_compile.report import GraphRecord, Kind, Session
+
+log = logging.getLogger(__name__)
+
+# What a pass may raise on a graph unlike those it was written for. The untouched graph is still
+# right, so none of them may cost the user the run.
+PASS_ERRORS = (
+    RuntimeError,  # PassError, Graph.lint, fake-tensor propagation
+    NotImplementedError,  # an operator without a fake implementation
+    AssertionError,  # torch.fx's own checks
+    LookupError,  # a node's metadata or argument that is not there
+    AttributeError,  # an argument that is a number where a node was expected
+    TypeError,  # an operator called with other arguments than foreseen
+    ValueError,
+)
+# What comes out of Inductor. It wraps most failures in InductorError; the rest escape while it
+# traces (before the wrapping) or starts its tools.
+LOWERING_ERRORS = (
+    TorchDynamoException,  # InductorError, TritonMissing, GPUTooOldForTriton
+    RuntimeError,  # AOTAutograd's tracing, InvalidCxxCompiler, CppCompileError, device errors
+    NotImplementedError,  # an operator without a lowering or a fake implementation
+    AssertionError,  # torch states its assumptions with assert
+    ImportError,  # triton or a compiler module missing
+    OSError,  # no compiler to start, a full or unwritable cache folder
+)
+
+
+class GraphCompiler:
+    """The backend callable of one target: compiles each graph of each shape that dynamo hands it.
+
+    Args:
+        session: where records and options live.
+        target: role of the graphs, see :class:`~lsync_compile.passes.spec.PassContext`.
+    """
+
+    __name__ = "lsync"
+
+    def __init__(self, session: Session, target: str) -> None:
+        self.session = session
+        self.target = target
+        self._seen: dict[int, set[str]] = {}
+        self._count = 0
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> GraphFunction:
+        """What runs in the graph's place. Called by dynamo, under its lock.
+
+        Raises:
+            CompileError: where the graph cannot be compiled and the option ``strict`` is set.
+        """
+        record = self._open_record(gm, example_inputs)
+        untouched = copy_graph(gm)
+        try:
+            call = self._compile(gm, example_inputs, record)
+        except _Failure as failure:
+            call = self._fall_back(untouched, record, failure)
+        self.session.add_graph(record)
+        log.info("%s: %d -> %d nodes", record.name, record.nodes_in, record.nodes_out)
+        return self._counted(call, record)
+
+    def reset(self) -> None:
+        """Called by ``torch._dynamo.reset()``: what was compiled is gone."""
+        self._seen.clear()
+
+    def _compile(
+        self, gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord
+    ) -> GraphFunction:
+        options = self.session.options
+        started = time.perf_counter()
+        try:
+            record.passes = PassManager(options).run(gm, self.target, record.name)
+        except PASS_ERRORS as error:
+            raise _Failure("passes", error) from error
+        record.pass_seconds = time.perf_counter() - started
+        record.nodes_out = len(gm.graph.nodes)
+        started = time.perf_counter()
+        try:
+            lowered = get_lowering(options.lowering)(gm, example_inputs, options)
+        except LOWERING_ERRORS as error:
+            raise _Failure(f"lowering {options.lowering!r}", error) from error
+        record.lowering_seconds = time.perf_counter() - started
+        record.lowering = options.lowering + (f" ({lowered.note})" if lowered.note else "")
+        record.cache_hit = lowered.cache_hit
+        return lowered.call
+
+    def _fall_back(
+        self, untouched: GraphModule, record: GraphRecord, failure: _Failure
+    ) -> GraphFunction:
+        cause = f"{failure.stage}: {type(failure.error).__name__}: {_first_line(failure.error)}"
+        if self.session.options.strict:
+            raise CompileError(f"graph {record.name}: {cause}") from failure.error
+        record.lowering, record.fallback = "eager", cause
+        record.nodes_out = record.nodes_in
+        if self.session.note(f"{self.target} runs eagerly; {cause}"):
+            log.warning("%s runs eagerly, not compiled: %s", record.name, cause)
+        log.debug("%s", record.name, exc_info=failure.error)
+        return untouched.forward
+
+    def _open_record(self, gm: GraphModule, example_inputs: Sequence[Any]) -> GraphRecord:
+        frame = _frame_id()
+        shapes = _signature(example_inputs)
+        seen = self._seen.setdefault(frame, set())
+        kind: Kind = "first" if not seen else "recompile" if shapes in seen else "new shape"
+        seen.add(shapes)
+        self._count += 1
+        return GraphRecord(
+            name=f"{self.target}.{list(self._seen).index(frame)}.{self._count - 1}",
+            target=self.target,
+            frame=frame,
+            kind=kind,
+            inputs=_data_inputs(gm, example_inputs),
+            nodes_in=len(gm.graph.nodes),
+        )
+
+    def _counted(self, call: GraphFunction, record: GraphRecord) -> GraphFunction:
+        count = self.session.count_call
+
+        def run(*args: Any) -> Any:
+            count(record)
+            return call(*args)
+
+        return run
+
+
+def lsync(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> GraphFunction:
+    """The backend as torch calls it, for a module or function compiled with ``torch.compile``.
+
+    Nothing here knows a denoising step, so everything is exact. The record of each graph goes to
+    the log; ``lsync_compile.compile(module)`` gives the same with a report on the result.
+
+    Raises:
+        OptionError: for wrong options (torch wraps it in ``BackendCompilerFailed``).
+    """
+    resolved = resolve_options(mode, options, default_preset="exact", **more)
+    return GraphCompiler(Session("module", resolved), "module")(gm, example_inputs)
+
+
+class _Failure(Exception):  # noqa: N818  never leaves this module
+    """Carries the cause and the stage from :meth:`GraphCompiler._compile` to its fallback."""
+
+    def __init__(self, stage: str, error: Exception) -> None:
+        super().__init__(stage)
+        self.stage = stage
+        self.error = error
+
+
+def _frame_id() -> int:
+    """Which Python frame is being compiled; stays the same when it is compiled again."""
+    compile_id = CompileContext.current_compile_id()
+    if compile_id is None or compile_id.frame_id is None:
+        return 0
+    return compile_id.frame_id
+
+
+def _signature(example_inputs: Sequence[Any]) -> str:
+    return ", ".join(_describe(value) for value in example_inputs)
+
+
+def _data_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> str:
+    """Shapes of the inputs that are no parameters or buffers, for people."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return ", ".join(
+        _describe(value)
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if not ("_parameters_" in node.name or "_buffers_" in node.name)
+    )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        shape = "x".join(str(size) for size in value.shape) or "scalar"
+        return f"{shape} {str(value.dtype).removeprefix('torch.')} {value.device}"
+    return f"{type(value).__name__} {value}"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+from lsync_compile import hook  # noqa: E402  after lsync, which the hook looks for
+
+hook.install()

@@ -1,0 +1,65 @@
+"""Compiles a graph with Inductor, specialised to the shapes it was captured with.
+
+``standalone_compile`` with ``"from_example_inputs"`` gives each graph its own shape environment,
+independent of the capture under way. Two kinds of graph cannot go that way and take
+``compile_fx`` inside dynamo's own tracing context: symbolic sizes, which a new shape environment
+does not know, and graphs that need a backward, which are compiled lazily there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch.fx import GraphModule
+
+from lsync_compile.lowering.base import Lowered
+from lsync_compile.options import Options
+
+
+def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Lowered:
+    """Compile for these inputs' sizes, dtypes and device.
+
+    Raises:
+        torch._inductor.exc.InductorError: where Inductor cannot; see
+            ``lsync_compile.backend.LOWERING_ERRORS`` for what else may come out of it.
+    """
+    patches = dict(options.inductor)
+    before = _hits()
+    reason = _needs_compile_fx(example_inputs)
+    if reason:
+        from torch._inductor.compile_fx import compile_fx
+
+        call: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    else:
+        call = torch._inductor.standalone_compile(
+            gm,
+            list(example_inputs),
+            dynamic_shapes="from_example_inputs",
+            options={"config_patches": patches},
+        )
+    return Lowered(call, cache_hit=_hits() > before, note=reason)
+
+
+def _needs_compile_fx(example_inputs: Sequence[Any]) -> str:
+    if any(_is_symbolic(value) for value in example_inputs):
+        return "symbolic sizes: compile_fx"
+    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "gradients wanted: compile_fx"
+    return ""
+
+
+def _is_symbolic(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return any(isinstance(size, torch.SymInt) for size in value.shape)
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _hits() -> int:
+    """Cache hits so far; dynamo compiles under one lock, so a difference is this graph's."""
+    return (
+        counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+    )

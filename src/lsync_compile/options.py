@@ -1,0 +1,219 @@
+"""Every option, its default, its presets and its checks.
+
+One frozen dataclass holds them all. What a field means, which values it takes and whether changing
+it means compiling anew is data on the field, from which the checks and the table in the
+documentation are made.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lsync_compile.errors import OptionError
+
+# What a preset changes against the defaults below. No approximate optimisation exists yet, so
+# the three are equal; `preset_note` says so in every report until one differs.
+PRESETS: dict[str, dict[str, Any]] = {"exact": {}, "balanced": {}, "turbo": {}}
+
+
+def _about(help: str, *, choices: tuple[str, ...] = (), rebuild: bool = True) -> dict[str, Any]:
+    """A field's documentation; ``rebuild``: a change means compiling anew."""
+    return {"help": help, "choices": choices, "rebuild": rebuild}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options of one compiled object; make them with :func:`resolve_options`.
+
+    Raises:
+        OptionError: for a value of the wrong type or outside the allowed ones.
+    """
+
+    preset: str = field(
+        default="balanced",
+        metadata=_about(
+            "The set of defaults. On a bare module, where nothing knows the denoising step, "
+            "`exact` is the default.",
+            choices=tuple(PRESETS),
+            rebuild=False,
+        ),
+    )
+    lowering: str = field(
+        default="inductor",
+        metadata=_about(
+            "What runs a rewritten graph: `inductor` compiles it, `eager` runs it operation by "
+            "operation, bit for bit as the plain module does.",
+            choices=("inductor", "eager"),
+        ),
+    )
+    strict: bool = field(
+        default=False,
+        metadata=_about(
+            "Raise `CompileError` where a graph cannot be compiled, instead of running it "
+            "eagerly with a warning.",
+            rebuild=False,
+        ),
+    )
+    compile_vae: bool = field(
+        default=True, metadata=_about("Compile the VAE's encoder and decoder beside the UNet.")
+    )
+    remove_noops: bool = field(
+        default=True, metadata=_about("Pass: remove operations that return their input.")
+    )
+    share_repeated: bool = field(
+        default=True, metadata=_about("Pass: compute equal operations on equal inputs once.")
+    )
+    inductor: Mapping[str, Any] = field(
+        default_factory=dict,
+        hash=False,
+        metadata=_about(
+            "Inductor settings for these graphs only, such as `{'max_autotune': True}`; names as "
+            "in `torch._inductor.list_options()`."
+        ),
+    )
+    dump_dir: Path | None = field(
+        default=None,
+        metadata=_about(
+            "Folder for the readable graph before and after each pass, named "
+            "`phase.index.pass.stage.py`.",
+            rebuild=False,
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            checked = _check(spec.name, getattr(self, spec.name), spec.metadata["choices"])
+            object.__setattr__(self, spec.name, checked)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that ``json`` can write."""
+        values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        values["inductor"] = dict(self.inductor)
+        values["dump_dir"] = None if self.dump_dir is None else str(self.dump_dir)
+        return values
+
+    def needs_rebuild(self, other: Options) -> bool:
+        """Whether graphs compiled with ``other`` are wrong for these options."""
+        return any(
+            spec.metadata["rebuild"] and getattr(self, spec.name) != getattr(other, spec.name)
+            for spec in fields(self)
+        )
+
+
+OPTION_NAMES: tuple[str, ...] = tuple(spec.name for spec in fields(Options))
+
+
+def resolve_options(
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    default_preset: str = "balanced",
+    **more: Any,
+) -> Options:
+    """What the user said, on top of what its preset says, on top of the defaults.
+
+    Args:
+        mode: a preset's name (``torch.compile(..., mode="turbo")``); ``"default"`` counts as none.
+        options: option names to values; ``None`` as a value means the preset's default. Not
+            changed.
+        default_preset: the preset where none is named.
+        **more: as ``options``; a name given in both must have one value.
+
+    Raises:
+        OptionError: naming the option that is unknown, contradicted or outside its values.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(f"options must be a mapping of names, got {type(options).__name__}")
+    given: dict[str, Any] = {}
+    for name, value in [*(options or {}).items(), *more.items()]:
+        if name not in OPTION_NAMES:
+            raise OptionError(f"unknown option {name!r}{nearest(str(name), OPTION_NAMES)}")
+        if value is None:
+            continue
+        if name in given and given[name] != value:
+            raise OptionError(f"option {name} is given twice: {given[name]!r} and {value!r}")
+        given[name] = value
+    if mode is not None and mode != "default":
+        if mode not in PRESETS:
+            hint = nearest(str(mode), PRESETS)
+            raise OptionError(f"unknown mode {mode!r}{hint}; modes are {_listed(PRESETS)}")
+        if given.setdefault("preset", mode) != mode:
+            raise OptionError(f"mode {mode!r} contradicts the option preset={given['preset']!r}")
+    preset = _check("preset", given.pop("preset", default_preset), tuple(PRESETS))
+    return Options(preset=preset, **{**PRESETS[preset], **given})
+
+
+def preset_note(preset: str) -> str | None:
+    """One honest line where a preset other than ``exact`` has the settings of ``exact``."""
+    if preset == "exact" or PRESETS[preset] != PRESETS["exact"]:
+        return None
+    return f"preset {preset!r}: no approximate optimisation is in this version, same as 'exact'"
+
+
+def options_table() -> str:
+    """The options as a Markdown table, for the documentation."""
+    lines = [
+        "| option | values | default | compiles anew | what it does |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for spec in fields(Options):
+        choices = spec.metadata["choices"]
+        values = ", ".join(f"`{choice}`" for choice in choices) or _kind(spec.name)
+        default = spec.default if spec.default is not MISSING else {}
+        rebuild = "yes" if spec.metadata["rebuild"] else "no"
+        lines.append(
+            f"| `{spec.name}` | {values} | `{default}` | {rebuild} | {spec.metadata['help']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` where a known name is close, else the empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _kind(name: str) -> str:
+    if name == "inductor":
+        return "mapping"
+    return "path" if name == "dump_dir" else "`True`, `False`"
+
+
+def _check(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    """The value, normalised, or an error that names the option and what it takes."""
+    if choices:
+        if value not in choices:
+            hint = nearest(str(value), choices)
+            raise OptionError(f"option {name}={value!r}{hint}; allowed are {_listed(choices)}")
+        return value
+    if name == "dump_dir":
+        if value is not None and not isinstance(value, (str, Path)):
+            raise OptionError(f"option dump_dir={value!r} must be a path")
+        return None if value is None else Path(value)
+    if name == "inductor":
+        return _check_inductor(value)
+    if not isinstance(value, bool):
+        raise OptionError(f"option {name}={value!r} must be True or False")
+    return value
+
+
+def _check_inductor(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"option inductor={value!r} must be a mapping of Inductor settings")
+    if value:
+        import torch._inductor  # slow to import, and rarely needed here
+
+        known = torch._inductor.list_options()
+        for key in value:
+            if key not in known:
+                hint = nearest(str(key), known)
+                raise OptionError(f"option inductor: unknown setting {key!r}{hint}")
+    return dict(value)

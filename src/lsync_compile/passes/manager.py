@@ -1,0 +1,171 @@
+"""Runs the passes on one graph: order, switches, times, counts, dumps, checks.
+
+The order is explicit: phases one after the other, inside a phase the registered ``after``
+relations, ties by name. Running it records one :class:`PassRecord` for each pass, whether it ran or
+not, and raises where a pass leaves a graph that is no longer the same function of the same inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from lsync_compile.options import Options
+from lsync_compile.passes.spec import Pass, PassContext, registered, source_uuid
+from lsync_compile.report import PassRecord
+
+Interface = tuple[list[str], list[Any]]
+
+
+class PassError(RuntimeError):
+    """A pass broke the graph: it changed the inputs, the outputs or does not lint."""
+
+
+def ordered(classes: Iterable[type[Pass]]) -> list[type[Pass]]:
+    """Topological order by (phase, ``after``), ties by name.
+
+    Raises:
+        ValueError: where ``after`` names an unknown pass or one of another phase, or relations
+            form a circle.
+    """
+    waiting = {cls.spec.name: cls for cls in classes}
+    phases = {name: cls.spec.phase for name, cls in waiting.items()}
+    for name, cls in waiting.items():
+        for earlier in cls.spec.after:
+            if phases.get(earlier) != phases[name]:
+                raise ValueError(f"pass {name!r} comes after {earlier!r}, not a pass of its phase")
+    order: list[type[Pass]] = []
+    done: set[str] = set()
+    while waiting:
+        ready = [name for name, cls in waiting.items() if done.issuperset(cls.spec.after)]
+        if not ready:
+            raise ValueError(f"passes wait for each other: {', '.join(sorted(waiting))}")
+        name = min(ready, key=lambda name: (phases[name], name))
+        order.append(waiting.pop(name))
+        done.add(name)
+    return sorted(order, key=lambda cls: cls.spec.phase)
+
+
+class PassManager:
+    """The passes of one set of options, in order.
+
+    Args:
+        options: switches passes and says where dumps go.
+        classes: the passes; all registered ones by default.
+    """
+
+    def __init__(self, options: Options, classes: Iterable[type[Pass]] | None = None) -> None:
+        self.options = options
+        self.passes = [
+            cls() for cls in ordered(registered().values() if classes is None else classes)
+        ]
+
+    def uuid(self) -> str:
+        """Key of what these passes do: sources of all they use, order, options, torch's version.
+
+        For caches of compiled code that do not see the graph before the passes.
+        """
+        digest = hashlib.sha256(torch.__version__.encode())
+        digest.update(json.dumps(self.options.to_dict(), sort_keys=True, default=repr).encode())
+        for each in self.passes:
+            digest.update(f"{each.spec.name}:{source_uuid(type(each))}".encode())
+        return digest.hexdigest()
+
+    def run(self, gm: GraphModule, target: str, name: str) -> list[PassRecord]:
+        """Rewrite ``gm`` in place.
+
+        Args:
+            gm: a graph as dynamo captured it.
+            target: its role, see :class:`PassContext`.
+            name: names the folder of its dumps.
+
+        Raises:
+            PassError: where a pass left a broken graph.
+        """
+        context = PassContext(self.options, target)
+        return [
+            self._run_one(index, each, gm, context, name) for index, each in enumerate(self.passes)
+        ]
+
+    def _run_one(
+        self, index: int, each: Pass, gm: GraphModule, context: PassContext, name: str
+    ) -> PassRecord:
+        spec = each.spec
+        nodes = len(gm.graph.nodes)
+        record = PassRecord(
+            spec.name, spec.phase.name.lower(), "no match", nodes_before=nodes, nodes_after=nodes
+        )
+        if not getattr(self.options, spec.option):
+            record.outcome, record.reason = "off", f"option {spec.option}"
+            return record
+        if spec.targets and context.target not in spec.targets:
+            record.outcome = "not for this graph"
+            record.reason = f"only {', '.join(spec.targets)}"
+            return record
+        record.reason = each.veto(gm, context)
+        if record.reason:
+            record.outcome = "vetoed"
+            return record
+        dump = self._dumper(f"{record.phase}.{index}.{spec.name}", name)
+        dump("before", gm)
+        interface = _interface(gm.graph)
+        started = time.perf_counter()
+        record.matches = each.rewrite(gm, context)
+        if record.matches:
+            record.outcome = "applied"
+            _settle(gm, spec.name, interface)
+        record.seconds = time.perf_counter() - started
+        record.nodes_after = len(gm.graph.nodes)
+        dump("after", gm)
+        return record
+
+    def _dumper(self, stem: str, name: str) -> Any:
+        if self.options.dump_dir is None:
+            return lambda stage, gm: None
+        folder = self.options.dump_dir / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return lambda stage, gm: _write(folder / f"{stem}.{stage}.py", gm)
+
+
+def _write(path: Path, gm: GraphModule) -> None:
+    path.write_text(gm.print_readable(print_output=False))
+
+
+def _settle(gm: GraphModule, name: str, before: Interface) -> None:
+    """Drop what the rewrite left unused, check the graph and regenerate its code."""
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    after = _interface(gm.graph)
+    if after[0] != before[0]:
+        raise PassError(f"pass {name!r} changed the graph's inputs")
+    if after[1] != before[1]:
+        raise PassError(f"pass {name!r} changed the number, shape or dtype of the graph's outputs")
+    gm.recompile()
+
+
+def _interface(graph: Graph) -> Interface:
+    """Names of the inputs; shape and dtype, or the plain value, of each output."""
+    inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
+    outputs: list[Any] = []
+
+    def note(value: Any) -> Any:
+        outputs.append(
+            _described(value.meta.get("example_value")) if isinstance(value, Node) else value
+        )
+        return value
+
+    torch.fx.node.map_aggregate(graph.output_node().args, note)
+    return inputs, outputs
+
+
+def _described(example: Any) -> Any:
+    if isinstance(example, torch.Tensor):
+        return tuple(example.shape), example.dtype
+    return type(example)

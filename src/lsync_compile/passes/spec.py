@@ -1,0 +1,163 @@
+"""How a pass is declared: its specification, its base class and the registry.
+
+The registry is the one list of passes. The order, the off switches, the names of dumps, the cache
+key, the table in the documentation and the guard test that asks for a test, an option and a page
+section of every pass are all made from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from types import ModuleType
+from typing import ClassVar, TypeVar
+
+from torch.fx import GraphModule
+
+from lsync_compile.options import OPTION_NAMES, Options
+
+PACKAGE = "lsync_compile"
+
+
+class Phase(IntEnum):
+    """Phases run in this order, whatever ``after`` says inside each."""
+
+    CLEAN = 0  # exact and local: what later passes need not see
+    REWRITE = 1  # the optimisations
+    FINISH = 2  # what depends on the final graph
+
+
+@dataclass(frozen=True)
+class PassSpec:
+    """The declaration of a pass.
+
+    Attributes:
+        name: the pass's file, option and test have the same.
+        phase: when it runs.
+        summary: one sentence for the table in the documentation.
+        option: the boolean field of :class:`Options` that switches it.
+        after: passes of the same phase that must run before it.
+        targets: targets it applies to ("unet", "vae.encoder", …); empty for all graphs.
+        exact: whether the rewritten graph gives the same bits under eager lowering.
+        source: paper or code that the idea is from; empty for common knowledge.
+    """
+
+    name: str
+    phase: Phase
+    summary: str
+    option: str
+    after: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    exact: bool = True
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may know besides the graph: never the pipeline.
+
+    Attributes:
+        options: the options of the compiled object.
+        target: the role of the graph, "unet", "vae.encoder", "vae.decoder", "module", "function".
+    """
+
+    options: Options
+    target: str
+
+
+class Pass:
+    """Base class: a pass only finds places and rewrites them.
+
+    Timing, counting, dumping, dead-code elimination, lint and recompilation are the manager's.
+    """
+
+    spec: ClassVar[PassSpec]
+
+    def veto(self, gm: GraphModule, context: PassContext) -> str:
+        """Why this graph must not be touched; the empty string where it may be."""
+        return ""
+
+    def rewrite(self, gm: GraphModule, context: PassContext) -> int:
+        """Change ``gm.graph`` in place and return how many places were rewritten."""
+        raise NotImplementedError
+
+
+PassClass = TypeVar("PassClass", bound=type[Pass])
+_REGISTRY: dict[str, type[Pass]] = {}
+
+
+def register(cls: PassClass) -> PassClass:
+    """Class decorator that adds a pass to the registry.
+
+    Raises:
+        ValueError: for a name that is taken or an option that does not exist.
+    """
+    spec = cls.spec
+    if spec.name in _REGISTRY:
+        raise ValueError(f"pass {spec.name!r} is registered twice")
+    if spec.option not in OPTION_NAMES:
+        raise ValueError(f"pass {spec.name!r} names option {spec.option!r}, which does not exist")
+    _REGISTRY[spec.name] = cls
+    return cls
+
+
+def registered() -> dict[str, type[Pass]]:
+    """Name to class, for all passes of the package."""
+    import lsync_compile.passes  # noqa: F401  its import registers them
+
+    return dict(_REGISTRY)
+
+
+def passes_table() -> str:
+    """The passes in running order as a Markdown table, for the documentation."""
+    from lsync_compile.passes.manager import ordered
+
+    lines = ["| pass | phase | option | exact | what it does |", "| --- | --- | --- | --- | --- |"]
+    for cls in ordered(registered().values()):
+        spec = cls.spec
+        source = f" ({spec.source})" if spec.source else ""
+        lines.append(
+            f"| `{spec.name}` | {spec.phase.name.lower()} | `{spec.option}` | "
+            f"{'yes' if spec.exact else 'no'} | {spec.summary}{source} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def source_uuid(cls: type[Pass]) -> str:
+    """Hash of the sources of the pass's module and of every module of the package it uses.
+
+    A changed helper changes it, which a hash of the class alone would miss.
+    """
+    digest = hashlib.sha256()
+    for module in sorted(_used_modules(sys.modules[cls.__module__]), key=lambda m: m.__name__):
+        digest.update(module.__name__.encode())
+        digest.update(inspect.getsource(module).encode())
+    return digest.hexdigest()
+
+
+def _used_modules(start: ModuleType) -> set[ModuleType]:
+    """``start`` and the package's modules that it reaches through its global names."""
+    found = {start}
+    waiting = [start]
+    while waiting:
+        for module in _referenced(waiting.pop()):
+            if module not in found:
+                found.add(module)
+                waiting.append(module)
+    return found
+
+
+def _referenced(module: ModuleType) -> Iterator[ModuleType]:
+    for value in vars(module).values():
+        name = value.__name__ if isinstance(value, ModuleType) else _module_name(value)
+        if name and name.partition(".")[0] == PACKAGE and name in sys.modules:
+            yield sys.modules[name]
+
+
+def _module_name(value: object) -> str | None:
+    name = getattr(value, "__module__", None)
+    return name if isinstance(name, str) else None

@@ -1,0 +1,194 @@
+"""What was compiled, what was done to it and what it was used for: data first, then text.
+
+A :class:`Session` belongs to one compiled object (a pipeline, a module or a function) and gathers
+records while it works; :meth:`Session.report` copies them into a :class:`Report`, which prints as
+text and converts to plain values for JSON.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from lsync_compile.options import Options, preset_note
+
+Kind = Literal["first", "new shape", "recompile"]
+Outcome = Literal["applied", "no match", "off", "not for this graph", "vetoed"]
+
+
+@dataclass
+class PassRecord:
+    """One pass on one graph.
+
+    Attributes:
+        outcome: "applied" where it rewrote something; else why it did not.
+        matches: places that it rewrote.
+        reason: the option or the veto that kept it from running.
+        seconds: wall time of matching and rewriting.
+    """
+
+    name: str
+    phase: str
+    outcome: Outcome
+    matches: int = 0
+    nodes_before: int = 0
+    nodes_after: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+
+
+@dataclass
+class GraphRecord:
+    """One captured graph of one shape.
+
+    Attributes:
+        name: ``target.frame.number``, unique in its session.
+        target: "unet", "vae.encoder", "vae.decoder", "module" or "function".
+        frame: which Python frame; more than one for a target means graph breaks.
+        kind: the first of its frame, one for shapes not seen before, or a recompile for shapes
+            that were.
+        nodes_in: nodes captured.
+        nodes_out: nodes after the passes.
+        lowering: what runs it; "eager" with ``fallback`` set means the untouched graph.
+        fallback: why it is not compiled; empty where it is.
+        cache_hit: whether Inductor found it in its cache.
+        calls: how often it ran.
+    """
+
+    name: str
+    target: str
+    frame: int
+    kind: Kind
+    inputs: str
+    nodes_in: int
+    nodes_out: int = 0
+    passes: list[PassRecord] = field(default_factory=list)
+    lowering: str = ""
+    pass_seconds: float = 0.0
+    lowering_seconds: float = 0.0
+    cache_hit: bool = False
+    fallback: str = ""
+    calls: int = 0
+
+
+@dataclass
+class Report:
+    """A snapshot of a session; ``str()`` gives the text, :meth:`to_dict` plain values."""
+
+    name: str
+    options: dict[str, Any]
+    graphs: list[GraphRecord]
+    notes: list[str]
+    runs: int
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Totals over all graphs; ``recompiles`` counts only shapes that were compiled before."""
+        frames = {(graph.target, graph.frame) for graph in self.graphs}
+        return {
+            "runs": self.runs,
+            "graphs": len(self.graphs),
+            "new_shapes": sum(graph.kind == "new shape" for graph in self.graphs),
+            "recompiles": sum(graph.kind == "recompile" for graph in self.graphs),
+            "breaks": len(frames) - len({target for target, _ in frames}),
+            "fallbacks": sum(bool(graph.fallback) for graph in self.graphs),
+            "cache_hits": sum(graph.cache_hit for graph in self.graphs),
+            "calls": sum(graph.calls for graph in self.graphs),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that ``json`` can write."""
+        return {**asdict(self), "counters": self.counters}
+
+    def __str__(self) -> str:
+        return format_report(self)
+
+
+class Session:
+    """The records of one compiled object. Safe to use from several threads.
+
+    Args:
+        name: what the report calls the object.
+        options: its options; exchanged by the hook when only non-rebuild options change.
+    """
+
+    def __init__(self, name: str, options: Options) -> None:
+        self.name = name
+        self.options = options
+        self.lock = threading.Lock()
+        self._graphs: list[GraphRecord] = []
+        self._notes: list[str] = []
+        self._runs = 0
+
+    def add_graph(self, record: GraphRecord) -> None:
+        with self.lock:
+            self._graphs.append(record)
+
+    def count_call(self, record: GraphRecord) -> None:
+        with self.lock:
+            record.calls += 1
+
+    def count_run(self) -> None:
+        with self.lock:
+            self._runs += 1
+
+    def note(self, text: str) -> bool:
+        """Add a line to the report; False where it stands there already."""
+        with self.lock:
+            if text in self._notes:
+                return False
+            self._notes.append(text)
+            return True
+
+    def report(self) -> Report:
+        with self.lock:
+            graphs, notes, runs = copy.deepcopy(self._graphs), list(self._notes), self._runs
+        preset = preset_note(self.options.preset)
+        return Report(
+            name=self.name,
+            options=self.options.to_dict(),
+            graphs=graphs,
+            notes=[preset, *notes] if preset else notes,
+            runs=runs,
+        )
+
+
+def format_report(report: Report) -> str:
+    """The report as text, one line a graph and one a pass that did something."""
+    options = report.options
+    total = report.counters
+    lines = [
+        f"lsync report: {report.name}, preset {options['preset']}, lowering {options['lowering']}",
+        f"  {_count(total['runs'], 'run')}, {_count(total['graphs'], 'graph')} compiled "
+        f"({total['new_shapes']} for new shapes, {total['cache_hits']} from cache), "
+        f"{_count(total['calls'], 'graph call')}",
+        f"  recompiles {total['recompiles']}, graph breaks {total['breaks']}, "
+        f"eager fallbacks {total['fallbacks']}",
+    ]
+    for graph in report.graphs:
+        lines.append(
+            f"  {graph.name} ({graph.kind}; {graph.inputs}): nodes {graph.nodes_in} -> "
+            f"{graph.nodes_out}, passes {graph.pass_seconds:.2f} s, {graph.lowering} "
+            f"{graph.lowering_seconds:.2f} s, {_count(graph.calls, 'call')}"
+        )
+        lines.extend(f"    {format_pass(done)}" for done in graph.passes)
+        if graph.fallback:
+            lines.append(f"    not compiled: {graph.fallback}")
+    lines.extend(f"  note: {text}" for text in report.notes)
+    return "\n".join(lines)
+
+
+def format_pass(record: PassRecord) -> str:
+    """One line: what a pass did, or why it did nothing."""
+    if record.outcome == "applied":
+        return (
+            f"{record.name}: {_count(record.matches, 'match', 'matches')}, nodes "
+            f"{record.nodes_before} -> {record.nodes_after}, {1000 * record.seconds:.0f} ms"
+        )
+    return f"{record.name}: {record.outcome}" + (f" ({record.reason})" if record.reason else "")
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -1,0 +1,75 @@
+"""Where a run is: the one object that the runtime and a compiled graph share.
+
+The runtime sets it around each UNet call; a compiled graph's guard reads it on the host, so that
+no decision needs a device tensor. It lives in a :class:`contextvars.ContextVar`: threads and
+asyncio tasks never see each other's, and it is gone when the ``with`` block is left, so nothing of
+one run, chunk or step reaches the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Mode = Literal["recompute", "reuse"]
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """One UNet call in its place.
+
+    Attributes:
+        run: identity of the run, any hashable; unequal for two runs.
+        chunk: which chunk of the run, from 0.
+        step: which denoising step of the chunk, from 0.
+        steps: how many steps the chunk takes.
+        mode: whether the runtime allows cached features in this step ("reuse") or not.
+
+    Raises:
+        ValueError: for a step outside ``0 <= step < steps``, a negative chunk or an unknown mode.
+    """
+
+    run: Hashable
+    chunk: int
+    step: int
+    steps: int
+    mode: Mode = "recompute"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step < self.steps:
+            raise ValueError(f"step {self.step} is outside 0..{self.steps - 1}")
+        if self.chunk < 0:
+            raise ValueError(f"chunk {self.chunk} is negative")
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode {self.mode!r} is none of {', '.join(get_args(Mode))}")
+
+    def same_chunk(self, other: StepContext | None) -> bool:
+        """Whether ``other`` is a step of the same chunk of the same run.
+
+        State kept between steps is valid only while this holds.
+        """
+        return other is not None and (self.run, self.chunk) == (other.run, other.chunk)
+
+
+_current: ContextVar[StepContext | None] = ContextVar("lsync_step_context", default=None)
+
+
+def current() -> StepContext | None:
+    """The context of the UNet call under way; ``None`` outside a run (then nothing is reused)."""
+    return _current.get()
+
+
+@contextmanager
+def step_context(
+    run: Hashable, chunk: int, step: int, steps: int, mode: Mode = "recompute"
+) -> Iterator[StepContext]:
+    """Set :func:`current` for the block; the arguments are those of :class:`StepContext`."""
+    context = StepContext(run, chunk, step, steps, mode)
+    token = _current.set(context)
+    try:
+        yield context
+    finally:
+        _current.reset(token)

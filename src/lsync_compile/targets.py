@@ -1,0 +1,175 @@
+"""One module of a pipeline, compiled in place and undoable.
+
+``Module.compile`` compiles the code object of the class's ``forward``, which all instances share:
+two pipelines then share one limit of recompilations and find each other's entries when their guards
+are searched. Here each module gets a code object of its own, so that its graphs, its limit and its
+count of recompilations belong to it alone and go when it is undone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
+from torch.utils._pytree import tree_map
+
+from lsync_compile.backend import GraphCompiler
+from lsync_compile.errors import CompileError, LsyncError, OptionError
+from lsync_compile.report import Session
+
+log = logging.getLogger(__name__)
+
+# Every tail length of a clip, with and without guidance, is one graph; torch stops at 8.
+RECOMPILE_LIMIT = 64
+CAN_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters  # torch >= 2.12
+
+
+@dataclass(frozen=True)
+class TensorShape:
+    """Enough of a tensor to make another like it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self) -> torch.Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+class CompiledCall:
+    """Stands in ``module._compiled_call_impl`` and runs the module compiled.
+
+    Args:
+        module: compiled in place by :meth:`attach`.
+        session: gathers its records.
+        role: what the module is in its pipeline, such as "unet".
+        owner: the handle that can undo it; without it, the module is free for others.
+        dynamic: as in ``torch.compile``.
+        fullgraph: as in ``torch.compile``.
+
+    Attributes:
+        seen: (args, kwargs) of the first call with :class:`TensorShape` for each tensor, or None.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        session: Session,
+        role: str,
+        *,
+        owner: object,
+        dynamic: bool,
+        fullgraph: bool,
+    ) -> None:
+        self.module = module
+        self.owner = ref(owner)
+        self.session = session
+        self.role = role
+        self.seen: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._fullgraph = fullgraph
+        self._plain = False
+        limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT} if CAN_LIMIT else {}
+        self._compiled: Callable[..., Any] = torch.compile(
+            own_call(module),
+            backend=GraphCompiler(session, role),
+            dynamic=dynamic,
+            fullgraph=fullgraph,
+            **limit,
+        )
+
+    def attach(self) -> None:
+        self.module._compiled_call_impl = self
+
+    def detach(self) -> None:
+        """Give the module its plain call back, unless someone else's stands there by now."""
+        if self.module._compiled_call_impl is self:
+            self.module._compiled_call_impl = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module.
+
+        Raises:
+            CompileError: with the option ``strict``, where a graph cannot be compiled.
+        """
+        if self._plain:
+            return self.module._call_impl(*args, **kwargs)
+        if self.seen is None:
+            self.seen = tree_map(_shape_of, (args, kwargs))
+        try:
+            return self._compiled(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, LsyncError):
+                raise error.inner_exception from None
+            raise
+        except InternalTorchDynamoError as error:  # the capture itself broke: no graph to keep
+            cause = f"capture: {str(error).strip().splitlines()[0]}"
+            if self.session.options.strict or self._fullgraph:
+                raise CompileError(f"{self.role}: {cause}") from error
+            self._plain = True
+            if self.session.note(f"{self.role} runs plain; {cause}"):
+                log.warning("%s runs plain, not compiled: %s", self.role, cause)
+            return self.module._call_impl(*args, **kwargs)
+
+
+def check_free(module: nn.Module, role: str) -> None:
+    """Refuse a module that already runs compiled, or with its ``forward`` exchanged.
+
+    Raises:
+        OptionError: saying what to undo.
+    """
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        raise OptionError(f"{role} is compiled already by torch.compile: give the plain module")
+    call = module._compiled_call_impl
+    if isinstance(call, CompiledCall):
+        if call.owner() is None:
+            return
+        raise OptionError(
+            f"{role} is compiled already as part of another pipeline: call .lsync.undo() on that"
+        )
+    if call is not None:
+        raise OptionError(
+            f"{role} is compiled already by another backend: "
+            f"set {role}._compiled_call_impl = None first"
+        )
+
+
+def check_deepcache(unet: nn.Module) -> None:
+    """Refuse a UNet that the DeepCache package has wrapped.
+
+    Its helper exchanges the ``forward`` of the UNet and of each block for closures that read the
+    timestep back from the device and keep features in Python dicts: compiled, they would be frozen.
+
+    Raises:
+        OptionError: saying how to switch it off.
+    """
+    forward = vars(unet).get("forward")
+    origin = f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
+    if "DeepCache" in origin:
+        raise OptionError(
+            "DeepCacheSDHelper is enabled on this pipeline's unet: "
+            "call helper.disable() before compiling or running it with lsync"
+        )
+
+
+def own_call(module: nn.Module) -> types.MethodType:
+    """The module's ``__call__`` with hooks, as a method whose code object is nobody else's."""
+    code = _call.__code__.replace(co_name=_call.__code__.co_name)  # equal, but a new object
+    return types.MethodType(types.FunctionType(code, globals(), _call.__name__), module)
+
+
+def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return self._call_impl(*args, **kwargs)
+
+
+def _shape_of(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return TensorShape(tuple(value.shape), value.dtype, value.device)
+    return value
