@@ -88,14 +88,8 @@ class GraphCompiler:
     def _compile(
         self, gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord
     ) -> GraphFunction:
+        self._rewrite(gm, record)
         options = self.session.options
-        started = time.perf_counter()
-        try:
-            record.passes = PassManager(options).run(gm, self.target, record.name)
-        except PASS_ERRORS as error:
-            raise _Failure("passes", error) from error
-        record.pass_seconds = time.perf_counter() - started
-        record.nodes_out = len(gm.graph.nodes)
         started = time.perf_counter()
         try:
             lowered = get_lowering(options.lowering)(gm, example_inputs, options)
@@ -105,6 +99,15 @@ class GraphCompiler:
         record.lowering = options.lowering + (f" ({lowered.note})" if lowered.note else "")
         record.cache_hit = lowered.cache_hit
         return lowered.call
+
+    def _rewrite(self, gm: GraphModule, record: GraphRecord) -> None:
+        started = time.perf_counter()
+        try:
+            record.passes = PassManager(self.session.options).run(gm, self.target, record.name)
+        except PASS_ERRORS as error:
+            raise _Failure("passes", error) from error
+        record.pass_seconds = time.perf_counter() - started
+        record.nodes_out = len(gm.graph.nodes)
 
     def _fall_back(
         self, untouched: GraphModule, record: GraphRecord, failure: _Failure

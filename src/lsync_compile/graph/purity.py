@@ -1,0 +1,64 @@
+"""Who else sees a tensor's memory: what a rewrite must know before it shares one."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+
+import torch
+from torch.fx import Graph, Node
+
+# operator.iadd and its kin, and item assignment.
+_IN_PLACE_OPERATORS = frozenset(
+    getattr(operator, name) for name in operator.__all__ if name.startswith("i")
+) - {operator.index, operator.indexOf, operator.inv, operator.invert, operator.is_, operator.is_not}
+_WRITES = frozenset({*_IN_PLACE_OPERATORS, operator.setitem, operator.delitem})
+
+
+def writes_in_place(node: Node) -> bool:
+    """Whether the node changes one of its arguments, by name, schema, ``inplace`` or ``out``."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if node.target in _WRITES or "out" in node.kwargs:
+        return True
+    return (
+        getattr(node.target, "__name__", "").rstrip("_") + "_"
+        == getattr(node.target, "__name__", "")
+        or _argument(node, "inplace") is True
+    )
+
+
+def has_writes(graph: Graph) -> bool:
+    """Whether any node of the graph writes in place."""
+    return any(writes_in_place(node) for node in graph.nodes)
+
+
+def result_storages(graph: Graph) -> set[int]:
+    """Identities of the memory that the graph's results lie in, for :func:`storage`.
+
+    Views among the captured example values share memory as the real ones will.
+    """
+    results = graph.output_node().all_input_nodes
+    return {key for key in map(storage, results) if key is not None}
+
+
+def storage(node: Node) -> int | None:
+    """Identity of the memory of the node's example value; None where it is no tensor."""
+    value = node.meta.get("example_value")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def _argument(node: Node, name: str) -> object:
+    """The value of a named argument however it was passed; None for functions written in C."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    try:
+        signature = inspect.signature(node.target)  # type: ignore[arg-type]  # a callable here
+        return signature.bind(*node.args, **node.kwargs).arguments.get(name)
+    except (TypeError, ValueError):  # no signature, or one that does not fit
+        return None
