@@ -209,7 +209,7 @@ def explain(
 ) -> None:
     """Say what the backend does with a checkpoint's UNet, pass by pass, and why not."""
     import lsync_compile
-    from lsync_compile.hook import explain as explain_module
+    from lsync_compile.explain import explain as explain_module
 
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
