@@ -1,0 +1,71 @@
+"""Sound from any file that FFmpeg reads."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av.error
+import numpy as np
+import numpy.typing as npt
+from av.audio.frame import AudioFrame
+from av.audio.resampler import AudioResampler
+
+from lsync_compile.errors import MediaError
+from lsync_compile.media.container import audio_stream, open_media, origin
+
+Samples = npt.NDArray[np.float32]
+
+_LAYOUTS = {1: "mono", 2: "stereo"}
+
+
+def load_audio(path: str | Path, *, sample_rate: int = 16000, channels: int = 1) -> Samples:
+    """The first sound track of a file, resampled.
+
+    Sample 0 belongs to the file's time zero, which is that of `read_frames`: where the sound of a
+    film begins after the picture, silence fills the gap.
+
+    Args:
+        path: any media file with sound.
+        sample_rate: samples per second wanted.
+        channels: 1 mixes all channels together and gives (n,); 2 gives (n, 2).
+
+    Returns:
+        float32, nominally in [-1, 1], of shape (n,) or (n, 2).
+
+    Raises:
+        MediaError: the file cannot be read, is damaged, or has no sound track, or an empty one.
+    """
+    with open_media(path) as container:
+        track = audio_stream(path, container)
+        resampler = AudioResampler("flt", _LAYOUTS[channels], sample_rate)
+        blocks: list[npt.NDArray[np.float32]] = []
+        begin: Fraction | None = None
+        time = Fraction(0)
+        try:
+            for frame in container.decode(track):
+                if frame.pts is not None and frame.time_base is not None:
+                    time = frame.pts * frame.time_base
+                if begin is None:
+                    begin = max(Fraction(0), time - origin(container))
+                # The resampler would take a gap between time stamps for lost samples.
+                frame.pts = None
+                blocks.extend(_samples(resampler, frame))
+            blocks.extend(_samples(resampler, None))
+        except av.error.FFmpegError as error:
+            raise MediaError(
+                f"{path}: sound damaged or cut off after {float(time):.2f} s ({error.strerror})"
+            ) from error
+    if not blocks or begin is None:
+        raise MediaError(f"{path}: its audio track is empty")
+    silence = np.zeros(round(begin * sample_rate) * channels, dtype=np.float32)
+    joined = np.concatenate([silence, *blocks])
+    return joined if channels == 1 else joined.reshape(-1, channels)
+
+
+def _samples(resampler: AudioResampler, frame: AudioFrame | None) -> list[Samples]:
+    """Resample one frame, or what is left inside with None; interleaved float32 blocks."""
+    return [
+        np.asarray(block.to_ndarray(), dtype=np.float32).reshape(-1)
+        for block in resampler.resample(frame)
+    ]

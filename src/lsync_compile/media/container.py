@@ -1,0 +1,107 @@
+"""Opening media files, with errors that name the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import av.container
+import av.error
+import av.stream
+from av.audio.stream import AudioStream
+from av.video.stream import VideoStream
+
+from lsync_compile.errors import MediaError
+
+
+@contextmanager
+def open_media(path: str | Path) -> Iterator[av.container.InputContainer]:
+    """Open a file for reading; FFmpeg's errors inside the block become MediaError.
+
+    Raises:
+        MediaError: the file is missing, empty, cut off, no media file or damaged.
+    """
+    try:
+        # Titles in broken encodings must not keep a clip from being read.
+        with av.open(str(path), metadata_errors="ignore") as container:
+            # FFmpeg draws any text file as video.
+            if container.format.name == "tty":
+                raise MediaError(f"{path}: not a media file")
+            _check_complete(path, container)
+            yield container
+    except av.error.FFmpegError as error:
+        raise MediaError(f"{path}: {_reason(path, error)}") from error
+
+
+def video_stream(path: str | Path, container: av.container.InputContainer) -> VideoStream:
+    """The first video track that is not a cover picture.
+
+    Raises:
+        MediaError: there is none, or this build of FFmpeg has no decoder for it.
+    """
+    covers = av.stream.Disposition.attached_pic
+    tracks = [track for track in container.streams.video if not track.disposition & covers]
+    if not tracks:
+        raise MediaError(f"{path}: has no video track")
+    _check_decoder(path, "video", tracks[0])
+    tracks[0].thread_type = "AUTO"
+    return tracks[0]
+
+
+def audio_stream(path: str | Path, container: av.container.InputContainer) -> AudioStream:
+    """The first audio track.
+
+    Raises:
+        MediaError: there is none, or this build of FFmpeg has no decoder for it.
+    """
+    if not container.streams.audio:
+        raise MediaError(f"{path}: has no audio track; give a file with sound")
+    track = container.streams.audio[0]
+    _check_decoder(path, "audio", track)
+    return track
+
+
+def origin(container: av.container.InputContainer) -> Fraction:
+    """Where the file's timeline begins, in seconds: the earliest start of picture and sound."""
+    starts = [
+        track.start_time * track.time_base
+        for track in (*container.streams.video[:1], *container.streams.audio[:1])
+        if track.start_time is not None and track.time_base is not None
+    ]
+    return min(starts, default=Fraction(0))
+
+
+def _check_decoder(path: str | Path, kind: str, track: av.stream.Stream) -> None:
+    # PyAV leaves the context out where FFmpeg knows no decoder for the track.
+    if track.codec_context is None:
+        raise MediaError(f"{path}: this build of FFmpeg cannot decode its {kind} track")
+
+
+def _check_complete(path: str | Path, container: av.container.InputContainer) -> None:
+    """Refuse a file whose index points beyond its end, before any work is done on its start."""
+    size = container.size
+    for track in container.streams:
+        # PyAV before 17 does not show the index; such a file then ends with an error or early.
+        entries = getattr(track, "index_entries", None)
+        if not entries or not size:
+            continue
+        end = entries[-1].pos + entries[-1].size
+        if end > size:
+            raise MediaError(
+                f"{path}: cut off: {size} bytes of at least {end}; copy or download it again"
+            )
+
+
+def _reason(path: str | Path, error: av.error.FFmpegError) -> str:
+    if isinstance(error, av.error.FileNotFoundError):
+        return "no such file"
+    if isinstance(error, av.error.IsADirectoryError):
+        return "is a folder, not a media file"
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        return "the file is empty"
+    if isinstance(error, av.error.InvalidDataError):
+        return "not a media file, cut off or damaged (FFmpeg finds invalid data)"
+    return error.strerror or str(error)
