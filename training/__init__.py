@@ -1,1 +1,1 @@
-"""Scripts that make the bundled sample and train the bundled model; run as `python -m training.…`."""
+"""Scripts that make the bundled sample and train the bundled model: `python -m training.NAME`."""

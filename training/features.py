@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from training.paint import CENTRE, FULL, PAD, SIZE, bump, edge, lerp, ramp, tilt
 
 # Rows that the eyes and the mouth can reach, whatever the identity and the motion.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from training.features import Motion, Mouth, draw_eyes, head_coordinates, sample
 from training.paint import SIZE, behind_layer, face_layer, lerp, over_layer
 
