@@ -39,9 +39,9 @@ def load_audio(path: str | Path, *, sample_rate: int = 16000, channels: int = 1)
     with open_media(path) as container:
         track = audio_stream(path, container)
         resampler = AudioResampler("flt", _LAYOUTS[channels], sample_rate)
-        blocks: list[npt.NDArray[np.float32]] = []
+        blocks: list[Samples] = []
         begin: Fraction | None = None
-        time = Fraction(0)
+        time = lasts = Fraction(0)
         try:
             for frame in container.decode(track):
                 if frame.pts is not None and frame.time_base is not None:
@@ -50,17 +50,24 @@ def load_audio(path: str | Path, *, sample_rate: int = 16000, channels: int = 1)
                     begin = max(Fraction(0), time - origin(container))
                 # The resampler would take a gap between time stamps for lost samples.
                 frame.pts = None
+                lasts = Fraction(frame.samples, frame.sample_rate)
                 blocks.extend(_samples(resampler, frame))
             blocks.extend(_samples(resampler, None))
         except av.error.FFmpegError as error:
             raise MediaError(
                 f"{path}: sound damaged or cut off after {float(time):.2f} s ({error.strerror})"
             ) from error
+        duration = None if track.time_base is None else (track.duration or 0) * track.time_base
     if not blocks or begin is None:
         raise MediaError(f"{path}: its audio track is empty")
-    silence = np.zeros(round(begin * sample_rate) * channels, dtype=np.float32)
-    joined = np.concatenate([silence, *blocks])
-    return joined if channels == 1 else joined.reshape(-1, channels)
+    sound = np.concatenate(blocks).reshape(-1, channels)
+    # Codecs work in blocks; MP4 says where in its last block the sound ends. Other containers only
+    # estimate their length, which is then off by more than a block and not used.
+    if duration and 0 < Fraction(len(sound), sample_rate) - duration < lasts:
+        sound = sound[: round(duration * sample_rate)]
+    silence = np.zeros((round(begin * sample_rate), channels), dtype=np.float32)
+    sound = np.concatenate([silence, sound])
+    return sound[:, 0] if channels == 1 else sound
 
 
 def _samples(resampler: AudioResampler, frame: AudioFrame | None) -> list[Samples]:

@@ -16,6 +16,7 @@ scores tells a face from folded hands, which a single crop can take for one with
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ _OVERLAP_SCALE, _OVERLAP, _OVERLAP_FINAL = 0.5, 0.7, 0.7
 # Smallest face searched for, as a share of the frame's short side and in pixels.
 _MIN_FACE_SHARE, _MIN_FACE = 0.055, 20
 # What a candidate must score in each of the three networks.
-_PROPOSE_SCORE, _REFINE_SCORE, _OUTPUT_SCORE = 0.6, 0.7, 0.7
+_PROPOSE_SCORE, _REFINE_SCORE, _OUTPUT_SCORE = 0.7, 0.7, 0.7
 # Crops of a second look: their side in units of the larger of eye distance and eye-to-mouth
 # distance, and their shift in units of their side.
 _FACE_SIDE, _SPREAD = 2.6, 0.06
@@ -42,7 +43,7 @@ _FACE_SIDE, _SPREAD = 2.6, 0.06
 # of the distance from mouth to eyes; the centre of the nose (lower bridge, tip and wings together)
 # above its tip by this share of the distance from tip to eyes.
 _BROW, _NOSE = 0.35, 0.08
-_MIRRORED_POINTS = [1, 0, 2, 4, 3]
+_MIRRORED_POINTS, _MIRRORED_SIDES = [1, 0, 2, 4, 3], [2, 1, 0, 3]
 
 Array = npt.NDArray[np.float64]
 
@@ -80,18 +81,19 @@ class MtcnnDetector:
 
     def detect(self, frame: Frame) -> Face | None:
         """The largest usable face of an RGB frame (H, W, 3) uint8, or None."""
-        for face in usable(self._candidates(frame), *frame.shape[:2]):
-            confirmed = self._look_again(frame, face)
+        levels = _Halves(frame)
+        for face in usable(self._candidates(levels), levels.height, levels.width):
+            confirmed = self._look_again(levels, face)
             if confirmed.score >= self._min_score:
                 return confirmed
         return None
 
-    def _candidates(self, frame: Frame) -> list[Face]:
+    def _candidates(self, levels: _Halves) -> list[Face]:
         """What the plain cascade takes for faces."""
-        candidates = self._refined(frame, self._proposals(frame))
+        candidates = self._refined(levels, self._proposals(levels))
         if len(candidates.scores) == 0:
             return []
-        boxes, points, scores = self._look(frame, _whole(_square(candidates.boxes)))
+        boxes, points, scores = self._look(levels, _square(candidates.boxes))
         keep = scores >= _OUTPUT_SCORE
         boxes, points, scores = boxes[keep], points[keep], scores[keep]
         order = _suppress(_Candidates(boxes, scores), _OVERLAP_FINAL, of_smaller=True)
@@ -99,19 +101,16 @@ class MtcnnDetector:
             Face(boxes[i], points[i], brows_and_nose(points[i]), float(scores[i])) for i in order
         ]
 
-    def _proposals(self, frame: Frame) -> _Candidates:
+    def _proposals(self, levels: _Halves) -> _Candidates:
         """First network: candidates from a pyramid of small pictures."""
-        height, width = frame.shape[:2]
+        height, width = levels.height, levels.width
         short = min(height, width)
         min_face = self._min_face or max(_MIN_FACE, round(_MIN_FACE_SHARE * short))
         scale = min(1.0, _CELL / min_face)
         found = []
-        picture = frame
         while short * scale >= _CELL:
             size = (max(1, round(width * scale)), max(1, round(height * scale)))
-            # Each level is made from the one before: the full frame is read only once.
-            picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-            self._propose.setInput(_network_input(picture[None]))
+            self._propose.setInput(_network_input(levels.resized(*size)[None]))
             offsets, scores = self._propose.forward(["conv2d_4", "softmax"])
             columns, rows = np.nonzero(scores[0, :, :, 1] >= _PROPOSE_SCORE)
             if len(columns):
@@ -131,12 +130,12 @@ class MtcnnDetector:
         )
         return merged.take(_suppress(merged, _OVERLAP))
 
-    def _refined(self, frame: Frame, candidates: _Candidates) -> _Candidates:
+    def _refined(self, levels: _Halves, candidates: _Candidates) -> _Candidates:
         """Second network: drops most candidates and improves the boxes of the rest."""
         if len(candidates.scores) == 0:
             return candidates
-        squares = _whole(_square(candidates.boxes))
-        self._refine.setInput(_network_input(_crops(frame, squares, _REFINE_SIZE)))
+        crops, squares = levels.crops(_square(candidates.boxes), _REFINE_SIZE)
+        self._refine.setInput(_network_input(crops))
         offsets, scores = self._refine.forward(["dense_2", "softmax_1"])
         keep = scores[:, 1] >= _REFINE_SCORE
         refined = _Candidates(
@@ -146,23 +145,28 @@ class MtcnnDetector:
         return refined.take(_suppress(refined, _OVERLAP))
 
     def _look(
-        self, frame: Frame, squares: Array, *, mirrored: bool = False
+        self, levels: _Halves, squares: Array, *, mirror: bool = False
     ) -> tuple[Array, Array, Array]:
-        """Third network on whole-pixel squares: boxes (n, 4), points (n, 5, 2), scores (n,)."""
-        crops = _crops(frame, squares, _OUTPUT_SIZE)
-        if mirrored:
-            crops = crops[:, :, ::-1]
+        """Third network: boxes (n, 4), points (n, 5, 2) and scores (n,) of what squares show.
+
+        With `mirror` each square is also looked at mirrored, which doubles n.
+        """
+        crops, squares = levels.crops(squares, _OUTPUT_SIZE)
+        if mirror:
+            crops = np.concatenate([crops, crops[:, :, ::-1]])
         self._output.setInput(_network_input(crops))
         output = self._output.forward(["dense_5", "dense_6", "softmax_2"])
         offsets, places, scores = (array.astype(np.float64) for array in output)
         places = places.reshape(-1, 2, 5).transpose(0, 2, 1)
-        if mirrored:
-            places = places[:, _MIRRORED_POINTS] * [-1, 1] + [1, 0]
-            offsets = offsets[:, [2, 1, 0, 3]] * [-1, 1, -1, 1]
+        if mirror:
+            half = len(squares)
+            places[half:] = places[half:, _MIRRORED_POINTS] * [-1, 1] + [1, 0]
+            offsets[half:] = offsets[half:, _MIRRORED_SIDES] * [-1, 1, -1, 1]
+            squares = np.concatenate([squares, squares])
         sides = (squares[:, 2:] - squares[:, :2])[:, None]
         return _shift(squares, offsets), places * sides + squares[:, None, :2], scores[:, 1]
 
-    def _look_again(self, frame: Frame, face: Face) -> Face:
+    def _look_again(self, levels: _Halves, face: Face) -> Face:
         """The mean of what shifted and mirrored crops around a face show."""
         # A square placed by the landmarks and not by the box: the box follows the search grid.
         left, right, _, *mouth = face.points
@@ -170,11 +174,10 @@ class MtcnnDetector:
         side = _FACE_SIDE * max(np.linalg.norm(lips - eyes), np.linalg.norm(right - left))
         shifts = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), axis=-1).reshape(-1, 2)
         corners = (eyes + lips - side) / 2 + shifts * _SPREAD * side
-        squares = _whole(np.concatenate([corners, corners + side], axis=1))
-        looks = zip(
-            self._look(frame, squares), self._look(frame, squares, mirrored=True), strict=True
+        squares = np.concatenate([corners, corners + side], axis=1)
+        box, points, score = (
+            look.mean(axis=0) for look in self._look(levels, squares, mirror=True)
         )
-        box, points, score = (np.concatenate(look).mean(axis=0) for look in looks)
         return Face(box, points, brows_and_nose(points), float(score))
 
 
@@ -215,17 +218,55 @@ def _network_input(pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(turned)
 
 
-def _crops(frame: Frame, squares: Array, size: int) -> npt.NDArray[np.uint8]:
-    """Whole-pixel squares of the frame resized to `size`, black outside it: (n, size, size, 3)."""
-    height, width = frame.shape[:2]
-    crops = np.empty((len(squares), size, size, 3), dtype=np.uint8)
-    for crop, (x0, y0, x1, y1) in zip(crops, squares.astype(int), strict=True):
-        part = frame[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
-        missing = (max(-y0, 0), max(y1 - height, 0), max(-x0, 0), max(x1 - width, 0))
-        if any(missing):
-            part = cv2.copyMakeBorder(part, *missing, cv2.BORDER_CONSTANT)
-        crop[:] = cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA)
-    return crops
+class _Halves:
+    """A frame and its repeated halvings, made as needed, to cut small crops from cheaply."""
+
+    def __init__(self, frame: Frame) -> None:
+        self.height, self.width = frame.shape[:2]
+        self._levels = [frame]
+
+    def level(self, index: int) -> Frame:
+        """The frame halved `index` times, less what is left over of odd sides."""
+        while len(self._levels) <= index:
+            last = self._levels[-1]
+            height, width = (side // 2 for side in last.shape[:2])
+            half = cv2.resize(
+                last[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA
+            )
+            self._levels.append(np.asarray(half, dtype=np.uint8))
+        return self._levels[index]
+
+    def resized(self, width: int, height: int) -> Frame:
+        """The whole frame in another, smaller size."""
+        source = self.level(_halvings(min(self.width / width, self.height / height)))
+        return np.asarray(cv2.resize(source, (width, height), interpolation=cv2.INTER_AREA))
+
+    def crops(self, squares: Array, size: int) -> tuple[npt.NDArray[np.uint8], Array]:
+        """Squares resized to `size`, black outside the frame: (n, size, size, 3).
+
+        Also returns the squares (n, 4) as cut, on whole pixels of the level that each came from.
+        """
+        crops = np.empty((len(squares), size, size, 3), dtype=np.uint8)
+        cut = np.empty_like(squares)
+        for crop, square, used in zip(crops, squares, cut, strict=True):
+            index = _halvings((square[2] - square[0]) / size)
+            picture = self.level(index)
+            x0, y0 = (round(corner / 2**index) for corner in square[:2])
+            side = max(2, round((square[2] - square[0]) / 2**index))
+            part = picture[max(y0, 0) : max(y0 + side, 0), max(x0, 0) : max(x0 + side, 0)]
+            top, left = min(max(-y0, 0), side), min(max(-x0, 0), side)
+            if part.shape[:2] != (side, side):
+                padded = np.zeros((side, side, 3), dtype=np.uint8)
+                padded[top : top + part.shape[0], left : left + part.shape[1]] = part
+                part = padded
+            crop[:] = cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA)
+            used[:] = np.array([x0, y0, x0 + side, y0 + side]) * 2**index
+        return crops, cut
+
+
+def _halvings(factor: float) -> int:
+    """How often to halve before reducing by the rest of `factor`, which stays 2 or more."""
+    return max(0, int(math.log2(max(factor, 1))) - 1)
 
 
 def _square(boxes: Array) -> Array:
@@ -233,13 +274,6 @@ def _square(boxes: Array) -> Array:
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     half = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, keepdims=True) / 2
     return np.concatenate([centres - half, centres + half], axis=1)
-
-
-def _whole(squares: Array) -> Array:
-    """Squares on whole pixels, at least 2 pixels wide."""
-    corners = np.round(squares[:, :2])
-    side = np.maximum(np.round(squares[:, 2:] - squares[:, :2]), 2).max(axis=1, keepdims=True)
-    return np.concatenate([corners, corners + side], axis=1)
 
 
 def _shift(boxes: Array, offsets: Array) -> Array:
