@@ -177,6 +177,7 @@ def sync(
         "seconds": round(result.seconds, 3),
         "frames_per_second": round(result.num_frames / result.seconds, 3),
         "device": str(place),
+        "peak_device_mib": peak_device_mib(place),
         "report": pipe.lsync.report().to_dict() if compiled else None,
     }
     if report is not None:
@@ -262,6 +263,15 @@ def choose_dtype(dtype: DType | None, device: Any) -> Any:
 
     default = DType.float16 if device.type == "cuda" else DType.float32
     return getattr(torch, (dtype or default).value)
+
+
+def peak_device_mib(device: Any) -> float | None:
+    """The most device memory that torch held in this process so far; None on a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    return round(torch.cuda.max_memory_reserved(device) / 2**20, 1)
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from lsync_compile.media.audio import load_audio
 from lsync_compile.media.faces import FaceDetector, create_detector
 from lsync_compile.media.mask import mouth_mask
 from lsync_compile.media.tracking import Chunk, FaceTracker, Frame, read_chunks
-from lsync_compile.media.video import VideoWriter, count_frames, probe
+from lsync_compile.media.video import count_frames, probe
+from lsync_compile.media.writer import VideoWriter
 from lsync_compile.models.audio import AudioEncoder, audio_windows
 from lsync_compile.models.checkpoint import (
     load_audio_encoder,
@@ -106,6 +107,7 @@ class LatentSyncPipeline(DiffusionPipeline):
         torch_dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         detector: str = "mtcnn",
+        resolution: int | None = None,
     ) -> LatentSyncPipeline:
         """Load ``"mini"`` (bundled) or the folder of a LatentSync 1.5 or 1.6 checkpoint.
 
@@ -114,11 +116,12 @@ class LatentSyncPipeline(DiffusionPipeline):
             torch_dtype: of the UNet and the VAE. The audio encoder stays in float32.
             device: where the models go.
             detector: ``"mtcnn"`` or ``"insightface"`` (extra).
+            resolution: side of the face in pixels, for folders in which nothing says so.
 
         Raises:
             CheckpointError: a file is missing or does not fit; the message names it.
         """
-        checkpoint = resolve_checkpoint(name_or_folder)
+        checkpoint = resolve_checkpoint(name_or_folder, resolution=resolution)
         pipeline = cls(
             vae=load_vae(checkpoint, dtype=torch_dtype),
             audio_encoder=load_audio_encoder(checkpoint),
@@ -235,6 +238,8 @@ class LatentSyncPipeline(DiffusionPipeline):
             fps=video_fps,
             audio=job.sound,
             sample_rate=audio_sample_rate,
+            colour=info.colour,
+            pixel_aspect=info.pixel_aspect,
         ) as writer:
             for result in self._run(job):
                 for frame in result.frames:
@@ -321,7 +326,7 @@ class LatentSyncPipeline(DiffusionPipeline):
 
     def _run(self, job: Job) -> Iterator[ChunkResult]:
         """Stream a planned job, one chunk after the other."""
-        features = self.audio_encoder.encode(torch.from_numpy(job.sound))
+        features = self.audio_encoder.open(torch.from_numpy(job.sound))
         noise = self._initial_noise(job)
         total = job.chunks * job.num_inference_steps
         bar = self.progress_bar(total=total) if job.progress is None else None
