@@ -16,7 +16,7 @@ from torch import Tensor
 from training.paint import CENTRE, FULL, PAD, SIZE, bump, edge, lerp, ramp, tilt
 
 # Rows that the eyes and the mouth can reach, whatever the identity and the motion.
-EYE_ROWS = slice(36, 116)
+EYE_ROWS = slice(30, 120)
 MOUTH_ROWS = slice(112, 256)
 
 
@@ -193,7 +193,7 @@ def draw_eyes(
     y = y[:, :, EYE_ROWS]
     blink = motion.blink[..., None, None]
     gaze_x, gaze_y = (g[..., None, None] for g in motion.gaze.unbind(-1))
-    for side, columns in ((-1, slice(10, 118)), (1, slice(138, 246))):
+    for side, columns in ((-1, slice(8, 124)), (1, slice(132, 248))):
         u = x[:, :, EYE_ROWS, columns] - CENTRE - side * v["eye_x"]
         down = y[..., columns] - v["eye_y"]
         base = picture[:, :, :, EYE_ROWS, columns]

@@ -95,7 +95,7 @@ def relief(v: Values, x: Tensor, y: Tensor) -> Tensor:
     spread = nose_w * (0.55 + 0.35 * ramp(y, eye_y, nose_y))
     z = z + plane(v, "nose_z") * bridge * torch.exp(-0.5 * (u / spread) ** 2)
     z = z + 8 * bump(mirrored - 1.2 * nose_w, y - nose_y - 1, 0.55 * nose_w, 7.5)
-    z = z - plane(v, "socket") * bump(mirrored - plane(v, "eye_x") + 8, y - eye_y + 2, 27, 12)
+    z = z - plane(v, "socket") * bump(mirrored - plane(v, "eye_x") + 8, y - eye_y + 2, 24, 12)
     z = z + 5 * bump(mirrored - plane(v, "eye_x"), y - plane(v, "brow_y"), 34, 8)
     z = z + plane(v, "cheek") * bump(mirrored - 74, y - nose_y + 6, 30, 22)
     z = z + 9 * bump(u, y - mouth_y, 46, 24)

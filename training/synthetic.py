@@ -24,15 +24,15 @@ from training.paint import SIZE, behind_layer, face_layer, lerp, over_layer
 
 # name: (low, high), drawn uniformly for each identity.
 RANGES: dict[str, tuple[float, float]] = {
-    "face_w": (112, 142), "chin_y": (216, 246), "jaw_power": (1.8, 2.6),
-    "brow_y": (42, 54), "brow_w": (33, 45), "brow_h": (2.5, 6.5), "brow_arch": (0.0, 0.008),
+    "face_w": (106, 138), "chin_y": (216, 246), "jaw_power": (1.8, 2.6),
+    "brow_gap": (14, 23), "brow_w": (28, 40), "brow_h": (2.5, 6.5), "brow_arch": (0.0, 0.008),
     "brow_alpha": (0.45, 0.98),
-    "eye_y": (66, 76), "eye_x": (63, 76), "eye_w": (26, 33), "eye_h": (7, 11.5),
+    "eye_y": (62, 78), "eye_x": (54, 68), "eye_w": (21, 28), "eye_h": (6.5, 10.5),
     "eye_tilt": (-3, 3),
-    "iris": (8.5, 10.5), "lid_line": (0.4, 0.95), "crease": (0.05, 0.5),
-    "nose_y": (101, 113), "nose_w": (13, 21), "nose_z": (11, 24), "socket": (4, 12),
+    "iris": (7.5, 9.5), "lid_line": (0.4, 0.95), "crease": (0.05, 0.5),
+    "nose_y": (103, 117), "nose_w": (13, 21), "nose_z": (11, 24), "socket": (4, 12),
     "cheek": (2, 9), "chin_z": (3, 11), "fold": (0, 2.4), "flush": (0.0, 0.7), "tired": (0.0, 0.4),
-    "mouth_y": (151, 168), "mouth_w": (42, 58), "lip_up": (6, 13), "lip_low": (8, 17),
+    "mouth_y": (152, 170), "mouth_w": (42, 58), "lip_up": (6, 13), "lip_low": (8, 17),
     "bow": (0.0, 0.35), "corner": (-4, 5), "lip_gloss": (0.0, 0.3), "hmax": (28, 46),
     "width_gain": (0.10, 0.24), "teeth_h": (8, 14), "teeth_white": (0.70, 0.92),
     "teeth_width": (9, 13), "teeth_y": (-3.0, 3.0), "gaps": (0.05, 0.3), "tongue": (0.3, 1.0),
@@ -42,7 +42,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "neck_w": (84, 112), "collar_y": (236, 300), "collar_v": (-0.1, 0.6),
     "hair_side": (112, 150), "hair_end": (40, 330), "fringe_y": (-40, 26),
     "fringe_side": (-1.5, 1.5),
-    "hair_back": (-80, 150), "lens_w": (34, 44), "lens_h": (22, 32), "lens_power": (2, 4),
+    "hair_back": (-80, 150), "lens_w": (29, 40), "lens_h": (22, 32), "lens_power": (2, 4),
     "rim": (0.8, 2.8),
     "mole_x0": (-90, 90), "mole_y0": (20, 220), "mole_x1": (-90, 90), "mole_y1": (20, 220),
 }  # fmt: skip
@@ -128,6 +128,7 @@ class FaceSampler:
         v = {k: self._uniform(n, low=low, high=high) for k, (low, high) in RANGES.items()}
         for name, (chance, low, high) in SOMETIMES.items():
             v[name] = (self._uniform(n) < chance) * self._uniform(n, low=low, high=high)
+        v["brow_y"] = v["eye_y"] - v.pop("brow_gap")
         v["skin"] = self._mix(SKINS, n, 0.08)
         v["hair"] = self._mix(HAIRS, n, 0.2)
         v["iris_colour"] = self._mix(IRISES, n, 0.1)
