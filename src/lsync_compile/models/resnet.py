@@ -94,8 +94,8 @@ class ResnetBlock3D(nn.Module):
         h = h + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None, None]
         h = self.conv2(self.nonlinearity(self.norm2(h)))
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        out: Tensor = (shortcut + h) / self.output_scale
-        return out
+        out: Tensor = shortcut + h
+        return out if self.output_scale == 1 else out / self.output_scale
 
 
 def zero_(module: nn.Module) -> None:
