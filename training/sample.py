@@ -38,7 +38,7 @@ IN_WHEEL = "skimage/data/astronaut.png"
 
 # What the portrait says in the clip, and what it can be made to say.
 OWN_WORDS = {"text": "Good morning. Far above us, a new star is calling.", "voice": "en-us+f3"}
-OTHER_WORDS = {"text": "We always wanted more room to move around.", "voice": "en-gb+f2"}
+OTHER_WORDS = {"text": "Home, at last! Tomorrow we move to the mountains.", "voice": "en-gb+f2"}
 
 
 def load_portrait(path: Path) -> NDArray[np.uint8]:
