@@ -57,6 +57,9 @@ LATENTSYNC_RESOLUTION = 512  # of LatentSync 1.6, where nothing says otherwise
 VAE_SCALING = 0.18215  # what LatentSync's UNet was trained with
 _WHISPER = {384: "tiny", 768: "small"}
 _WEIGHT_SUFFIXES = (".pt", ".safetensors")
+_VAE_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_VAE_FOLDERS = ("vae", "sd-vae-ft-mse")
+_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True)
@@ -169,11 +172,6 @@ def load_audio_encoder(checkpoint: Checkpoint) -> AudioEncoder:
             f"{checkpoint.unet_file.name} attends to {wanted} (cross_attention_dim)"
         )
     return encoder
-
-
-_VAE_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-_VAE_FOLDERS = ("vae", "sd-vae-ft-mse")
-_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def _resolve_mini(folder: Path, resolution: int | None) -> Checkpoint:

@@ -118,8 +118,7 @@ class MotionModule(nn.Module):
         temporal_position_encoding_max_len: most frames in a chunk when it is.
         temporal_attention_dim_div: divides the width of the transformer.
         zero_initialize: start as the identity (before training).
-        norm_num_groups: groups of the norm at the entrance. LatentSync has 32, whatever the
-            UNet's own ``norm_num_groups``; narrower models set it.
+        norm_num_groups: groups of the norm at the entrance.
 
     Raises:
         OptionError: an attention type other than ``"Temporal_Self"``.

@@ -56,7 +56,8 @@ class UNet3DConditionModel(ModelMixin, ConfigMixin):
         use_motion_module: temporal attention in the stages whose downsampling factor is in
             ``motion_module_resolutions`` (only on the way up with
             ``motion_module_decoder_only``), and in the middle with ``motion_module_mid_block``.
-        motion_module_kwargs: arguments of `lsync_compile.models.motion.MotionModule`.
+        motion_module_kwargs: arguments of `lsync_compile.models.motion.MotionModule`;
+            ``norm_num_groups`` is the UNet's own if not among them.
 
     Raises:
         OptionError: a value that this architecture does not have.
@@ -127,7 +128,7 @@ class UNet3DConditionModel(ModelMixin, ConfigMixin):
         for kind in (*down_block_types, *up_block_types):
             _only("block type", kind, tuple(_HAS_ATTENTION))
 
-        motion = dict(motion_module_kwargs or {})
+        motion = {"norm_num_groups": norm_num_groups, **(motion_module_kwargs or {})}
         self.max_frames = motion_max_frames(motion) if use_motion_module else None
         temb_channels = widths[0] * 4
 
