@@ -15,6 +15,7 @@ from lsync_compile.models.mel_encoder import MelAudioEncoder
 
 from lsync_compile.media.faces import Face
 from lsync_compile.models.pipeline import LatentSyncPipeline
+from lsync_compile.models.scheduler import default_scheduler
 from lsync_compile.models.unet import UNet3DConditionModel
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -100,7 +101,11 @@ def tiny_pipeline() -> LatentSyncPipeline:
     randomise(unet)
     randomise(vae, seed=1)
     pipeline = LatentSyncPipeline(
-        vae.eval(), MelAudioEncoder().eval(), unet.eval(), detector=MiddleFace()
+        vae.eval(),
+        MelAudioEncoder().eval(),
+        unet.eval(),
+        default_scheduler(),
+        detector=MiddleFace(),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -68,7 +68,7 @@ class LatentSyncPipeline(DiffusionPipeline):
         vae: Stable Diffusion's VAE (``AutoencoderKL``, 4 latent channels).
         audio_encoder: sound to features at 50 Hz, see :class:`AudioEncoder`.
         unet: LatentSync's UNet; ``unet.config.sample_size`` sets the resolution.
-        scheduler: any diffusers scheduler that predicts noise; DDIM by default.
+        scheduler: any diffusers scheduler for a model that predicts noise.
         detector: finds the face in a frame; MTCNN by default.
         mask_path: picture of the mouth mask (black is generated); the built-in mask by default.
     """
@@ -83,7 +83,7 @@ class LatentSyncPipeline(DiffusionPipeline):
         vae: Any,
         audio_encoder: Any,
         unet: Any,
-        scheduler: Any = None,
+        scheduler: Any,
         *,
         detector: FaceDetector | None = None,
         mask_path: str | Path | None = None,
@@ -93,7 +93,7 @@ class LatentSyncPipeline(DiffusionPipeline):
             vae=vae,
             audio_encoder=audio_encoder,
             unet=unet,
-            scheduler=scheduler or default_scheduler(),
+            scheduler=scheduler,
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.detector = detector or create_detector("mtcnn")
@@ -126,10 +126,16 @@ class LatentSyncPipeline(DiffusionPipeline):
             vae=load_vae(checkpoint, dtype=torch_dtype),
             audio_encoder=load_audio_encoder(checkpoint),
             unet=load_unet(checkpoint.unet_file, checkpoint.unet_config, dtype=torch_dtype),
+            scheduler=default_scheduler(),
             detector=create_detector(detector),
             mask_path=checkpoint.mask_file,
         )
         return pipeline.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is; the inherited property asks audio encoders, which need not know."""
+        return self.unet.device
 
     @property
     def resolution(self) -> int:
