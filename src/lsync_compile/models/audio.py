@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsync_compile.errors import OptionError
 
@@ -45,6 +45,36 @@ class AudioEncoder(Protocol):
     def encode(self, samples: Tensor) -> Tensor:
         """All features at once: ``(T, states, feature_dim)`` with ``T = ceil(n / 320)``."""
         ...
+
+
+class EncoderModule(nn.Module):
+    """What encoders that are modules share. Subclasses set the attributes and define `open`."""
+
+    feature_dim: int
+    states: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and the features will be."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; features are always float32."""
+        return next(self.parameters()).dtype
+
+    def open(self, samples: Tensor) -> AudioFeatures:
+        """Features of ``samples (n,)``, computed when read. See `AudioEncoder`."""
+        raise NotImplementedError
+
+    def encode(self, samples: Tensor) -> Tensor:
+        """``samples (n,)`` float at 16 kHz -> ``(ceil(n / 320), states, feature_dim)`` float32.
+
+        Raises:
+            OptionError: ``samples`` is no sound.
+        """
+        features = self.open(samples)
+        return features.read(0, len(features))
 
 
 def check_samples(samples: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class LogMel(nn.Module):
         """
         length = samples.shape[-1]
         left, right = start * HOP - N_FFT // 2, (stop - 1) * HOP + N_FFT // 2
-        part = samples[..., max(left, 0) : min(right, length)].to(self.window)
+        part = samples[..., max(left, 0) : min(right, length)].float().to(self.window.device)
         if left < 0:
             mirrored = samples[..., 1 : 1 - left].flip(-1).to(part)
             part = torch.cat([mirrored, part], dim=-1)
@@ -66,12 +66,12 @@ class LogMel(nn.Module):
             part.reshape(-1, part.shape[-1]),
             N_FFT,
             HOP,
-            window=self.window,
+            window=self.window.float(),
             center=False,
             return_complex=True,
         )  # (N, N_FFT / 2 + 1, frames)
         power = spectrum.abs().square().contiguous()
-        logs = (self.filters @ power).clamp(min=FLOOR).log10()
+        logs = (self.filters.float() @ power).clamp(min=FLOOR).log10()
         return logs.reshape(*leading, *logs.shape[1:])
 
 

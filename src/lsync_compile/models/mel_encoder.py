@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lsync_compile.errors import CheckpointError
 
-from .audio import SAMPLES_PER_STEP, AudioFeatures, check_samples
+from .audio import SAMPLES_PER_STEP, AudioFeatures, EncoderModule, check_samples
 from .mel import LogMel
 from .weights import build, read_state_dict
 
@@ -46,7 +46,7 @@ class _Residual(nn.Module):
         return out
 
 
-class MelAudioEncoder(nn.Module):
+class MelAudioEncoder(EncoderModule):
     """Log-mel bands -> convolutions -> one normed projection for each layer's output.
 
     Args:
@@ -92,17 +92,8 @@ class MelAudioEncoder(nn.Module):
         return torch.stack(states, dim=2)
 
     def open(self, samples: Tensor) -> AudioFeatures:
-        """Features of ``samples (n,)``, computed when read. See `AudioEncoder`."""
+        """Features of ``samples (n,)``, computed in pieces as read. See `AudioEncoder`."""
         return _MelFeatures(self, check_samples(samples))
-
-    def encode(self, samples: Tensor) -> Tensor:
-        """``samples (n,)`` float at 16 kHz -> ``(ceil(n / 320), states, feature_dim)`` float32.
-
-        Raises:
-            OptionError: ``samples`` is no sound.
-        """
-        features = self.open(samples)
-        return features.read(0, len(features))
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float16) -> None:
         """Write ``audio.json`` and ``audio.safetensors``."""
@@ -142,7 +133,8 @@ class MelAudioEncoder(nn.Module):
         first = max(start - self.reach, 0)
         last = min(stop + self.reach, samples.shape[0] // SAMPLES_PER_STEP)
         mel = self._scale(self.log_mel.frames(samples, 2 * first, 2 * last))
-        return self(mel[None])[0, start - first : stop - first]  # type: ignore[no-any-return]
+        features: Tensor = self(mel[None].to(self.dtype))[0, start - first : stop - first]
+        return features.float()
 
 
 class _MelFeatures:

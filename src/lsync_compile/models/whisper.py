@@ -23,7 +23,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from lsync_compile.errors import CheckpointError
 
-from .audio import SAMPLES_PER_STEP, AudioFeatures, check_samples
+from .audio import SAMPLES_PER_STEP, AudioFeatures, EncoderModule, check_samples
 from .mel import LogMel
 from .weights import build, read_archive, read_state_dict
 
@@ -47,7 +47,7 @@ _RENAMED = {
 _FINAL_NORM = {"openai": "ln_post.", "transformers": "layer_norm."}
 
 
-class WhisperAudioEncoder(nn.Module):
+class WhisperAudioEncoder(EncoderModule):
     """Sound to ``layers + 1`` states of Whisper's width at 50 Hz (tiny: 5 of 384).
 
     Args:
@@ -85,15 +85,6 @@ class WhisperAudioEncoder(nn.Module):
         """Features of ``samples (n,)``, computed window by window as read. See `AudioEncoder`."""
         return _WhisperFeatures(self, check_samples(samples))
 
-    def encode(self, samples: Tensor) -> Tensor:
-        """``samples (n,)`` float at 16 kHz -> ``(ceil(n / 320), states, feature_dim)`` float32.
-
-        Raises:
-            OptionError: ``samples`` is no sound.
-        """
-        features = self.open(samples)
-        return features.read(0, len(features))
-
     @torch.no_grad()
     def encode_window(self, mel: Tensor) -> Tensor:
         """Scaled ``mel (bands, m)``, ``m <= 2 * window`` -> ``(window, states, feature_dim)``.
@@ -101,7 +92,7 @@ class WhisperAudioEncoder(nn.Module):
         Shorter spectrograms are continued with zeros, as LatentSync does.
         """
         mel = nn.functional.pad(mel, (0, 2 * self.window - mel.shape[1]))
-        output = self.network(mel[None], output_hidden_states=True, return_dict=True)
+        output = self.network(mel[None].to(self.dtype), output_hidden_states=True, return_dict=True)
         return torch.stack(output.hidden_states, dim=2)[0].float()
 
 
