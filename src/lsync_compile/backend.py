@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._guards import CompileContext
 from torch.fx import GraphModule
@@ -123,14 +124,14 @@ class GraphCompiler:
         return untouched.forward
 
     def _open_record(self, gm: GraphModule, example_inputs: Sequence[Any]) -> GraphRecord:
-        frame = _frame_id()
-        shapes = _signature(example_inputs)
-        seen = self._seen.setdefault(frame, set())
-        kind: Kind = "first" if not seen else "recompile" if shapes in seen else "new shape"
-        seen.add(shapes)
+        seen = self._seen.setdefault(_frame_id(), set())
+        frame = list(self._seen).index(_frame_id())
+        signature = _signature(example_inputs)
+        kind: Kind = "first" if not seen else "recompile" if signature in seen else "variant"
+        seen.add(signature)
         self._count += 1
         return GraphRecord(
-            name=f"{self.target}.{list(self._seen).index(frame)}.{self._count - 1}",
+            name=f"{self.target}.{frame}.{self._count - 1}",
             target=self.target,
             frame=frame,
             kind=kind,
@@ -186,7 +187,9 @@ def _frame_id() -> int:
 
 
 def _signature(example_inputs: Sequence[Any]) -> str:
-    return ", ".join(_describe(value) for value in example_inputs)
+    """What a graph is specialised to: inputs by shape, dtype and device, and the gradient mode."""
+    mode = f"grad {torch.is_grad_enabled()}, inference {torch.is_inference_mode_enabled()}"
+    return ", ".join([mode, *(_describe(value) for value in example_inputs)])
 
 
 def _data_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> str:
@@ -195,7 +198,7 @@ def _data_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> str:
     return ", ".join(
         _describe(value)
         for node, value in zip(placeholders, example_inputs, strict=True)
-        if not ("_parameters_" in node.name or "_buffers_" in node.name)
+        if not isinstance(value, nn.Parameter) and "_buffers_" not in node.name
     )
 
 

@@ -51,13 +51,12 @@ def install() -> bool:
 
     @functools.wraps(original)
     def call(self: Any, fn: Any) -> Any:
-        if not is_pipeline(fn) or not _is_lsync(self):
+        if not _is_lsync(self) or not is_pipeline(fn):
             return original(self, fn)
         backend = _backend_of(self)
         options = resolve_options(backend.kwargs.get("mode"), backend.kwargs.get("options"))
-        return compile_pipeline(
-            fn, options, dynamic=bool(self._dynamic), fullgraph=bool(self.fullgraph)
-        )
+        dynamic, fullgraph = getattr(self, "_dynamic", None), getattr(self, "fullgraph", False)
+        return compile_pipeline(fn, options, dynamic=bool(dynamic), fullgraph=fullgraph)
 
     setattr(call, _MARK, original)
     context.__call__ = call

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lsync_compile.options import Options, preset_note
 
-Kind = Literal["first", "new shape", "recompile"]
+Kind = Literal["first", "variant", "recompile"]
 Outcome = Literal["applied", "no match", "off", "not for this graph", "vetoed"]
 
 
@@ -46,9 +46,9 @@ class GraphRecord:
     Attributes:
         name: ``target.frame.number``, unique in its session.
         target: "unet", "vae.encoder", "vae.decoder", "module" or "function".
-        frame: which Python frame; more than one for a target means graph breaks.
-        kind: the first of its frame, one for shapes not seen before, or a recompile for shapes
-            that were.
+        frame: which Python frame of the target, from 0; another than 0 follows a graph break.
+        kind: the first of its frame, a variant for inputs of other shapes, dtypes or devices or
+            another gradient mode, or a recompile for what was compiled before.
         nodes_in: nodes captured.
         nodes_out: nodes after the passes.
         lowering: what runs it; "eager" with ``fallback`` set means the untouched graph.
@@ -85,12 +85,12 @@ class Report:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Totals over all graphs; ``recompiles`` counts only shapes that were compiled before."""
+        """Totals over all graphs; ``recompiles`` leaves out the variants, which are wanted."""
         frames = {(graph.target, graph.frame) for graph in self.graphs}
         return {
             "runs": self.runs,
             "graphs": len(self.graphs),
-            "new_shapes": sum(graph.kind == "new shape" for graph in self.graphs),
+            "variants": sum(graph.kind == "variant" for graph in self.graphs),
             "recompiles": sum(graph.kind == "recompile" for graph in self.graphs),
             "breaks": len(frames) - len({target for target, _ in frames}),
             "fallbacks": sum(bool(graph.fallback) for graph in self.graphs),
@@ -162,7 +162,7 @@ def format_report(report: Report) -> str:
     lines = [
         f"lsync report: {report.name}, preset {options['preset']}, lowering {options['lowering']}",
         f"  {_count(total['runs'], 'run')}, {_count(total['graphs'], 'graph')} compiled "
-        f"({total['new_shapes']} for new shapes, {total['cache_hits']} from cache), "
+        f"({total['variants']} for other shapes, {total['cache_hits']} from cache), "
         f"{_count(total['calls'], 'graph call')}",
         f"  recompiles {total['recompiles']}, graph breaks {total['breaks']}, "
         f"eager fallbacks {total['fallbacks']}",

@@ -3,20 +3,24 @@
 ``standalone_compile`` with ``"from_example_inputs"`` gives each graph its own shape environment,
 independent of the capture under way. Two kinds of graph cannot go that way and take
 ``compile_fx`` inside dynamo's own tracing context: symbolic sizes, which a new shape environment
-does not know, and graphs that need a backward, which are compiled lazily there.
+does not know, and graphs that need a backward, which is compiled lazily there.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 from lsync_compile.lowering.base import Lowered
 from lsync_compile.options import Options
+
+log = logging.getLogger(__name__)
 
 
 def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Lowered:
@@ -26,21 +30,30 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> L
         torch._inductor.exc.InductorError: where Inductor cannot; see
             ``lsync_compile.backend.LOWERING_ERRORS`` for what else may come out of it.
     """
-    patches = dict(options.inductor)
-    before = _hits()
-    reason = _needs_compile_fx(example_inputs)
-    if reason:
+    inputs, patches = list(example_inputs), dict(options.inductor)
+    hits = _hits()
+    note = _needs_compile_fx(inputs)
+    call: Any = None if note else _standalone(gm, inputs, patches)
+    if call is None:
         from torch._inductor.compile_fx import compile_fx
 
-        call: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
-    else:
-        call = torch._inductor.standalone_compile(
-            gm,
-            list(example_inputs),
-            dynamic_shapes="from_example_inputs",
-            options={"config_patches": patches},
+        note = note or "standalone_compile failed: compile_fx"
+        call = compile_fx(gm, inputs, config_patches=patches)
+    return Lowered(call, cache_hit=_hits() > hits, note=note)
+
+
+def _standalone(gm: GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Any:
+    """The compiled artifact; None where the wrapping around Inductor fails, not Inductor itself."""
+    try:
+        return torch._inductor.standalone_compile(
+            gm, inputs, dynamic_shapes="from_example_inputs", options={"config_patches": patches}
         )
-    return Lowered(call, cache_hit=_hits() > before, note=reason)
+    except TorchDynamoException:  # Inductor's own failure, which compile_fx would only repeat
+        raise
+    except (AssertionError, AttributeError, RuntimeError, TypeError):
+        # A prototype of torch's: it asserts what its caches hold and its arguments have changed.
+        log.info("standalone_compile failed, trying compile_fx", exc_info=True)
+        return None
 
 
 def _needs_compile_fx(example_inputs: Sequence[Any]) -> str:
