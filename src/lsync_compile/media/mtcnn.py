@@ -229,7 +229,7 @@ class _Halves:
         """The frame halved `index` times, less what is left over of odd sides."""
         while len(self._levels) <= index:
             last = self._levels[-1]
-            height, width = (side // 2 for side in last.shape[:2])
+            height, width = (max(1, side // 2) for side in last.shape[:2])
             half = cv2.resize(
                 last[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA
             )

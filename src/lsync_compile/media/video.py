@@ -86,7 +86,9 @@ def probe(path: str | Path) -> VideoInfo:
         frame = next(container.decode(track), None)
         if frame is None:
             raise MediaError(f"{path}: its video track holds no frame")
-        turned = frame.rotation % 180 != 0
+        # FFmpeg gives -180 for upside down.
+        rotation = 180 if frame.rotation == -180 else frame.rotation
+        turned = rotation % 180 != 0
         width, height = frame.width, frame.height
         aspect = track.sample_aspect_ratio or Fraction(1)
         duration = Fraction(container.duration or 0, av.time_base)
@@ -100,7 +102,7 @@ def probe(path: str | Path) -> VideoInfo:
             duration=float(duration),
             codec=name,
             has_audio=bool(container.streams.audio),
-            rotation=frame.rotation,
+            rotation=rotation,
             colour=ColourTags.of(frame),
             pixel_aspect=1 / aspect if turned else aspect,
         )
@@ -257,9 +259,12 @@ def _decode(
     track = video_stream(path, container)
     zero = origin(container)
     rate = track.average_rate or track.guessed_rate or fps
+    # AVI stores the order of decoding only; FFmpeg's time stamps for it are off by the delay of
+    # its reordering.
+    stamped = container.format.name != "avi"
     if search is not None:
         time = search[0] / fps - search[1]
-        if time <= 0 or track.time_base is None:
+        if time <= 0 or track.time_base is None or not stamped:
             return
         try:
             container.seek(math.floor((zero + time) / track.time_base), stream=track)
@@ -270,14 +275,15 @@ def _decode(
     try:
         for number, frame in enumerate(container.decode(track)):
             unit = frame.time_base or track.time_base
-            if frame.pts is not None and unit is not None:
+            lasts = 1 / rate
+            if stamped and frame.pts is not None and unit is not None:
                 time = frame.pts * unit - zero
+                lasts = frame.duration * unit or lasts
             elif search is None:
-                # A track without time stamps has its frames at a constant rate.
+                # Without time stamps frames come at a constant rate.
                 time = number / rate
             else:
                 return
-            lasts = frame.duration * unit if frame.duration and unit is not None else 1 / rate
             yield _Placed(_grid(time, fps), _grid(time + lasts, fps), frame)
     except av.error.FFmpegError as error:
         raise MediaError(
