@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lsync_compile import __version__
-from lsync_compile.errors import LsyncError, OptionError
+from lsync_compile.errors import Interrupted, LsyncError, OptionError
 
 app = typer.Typer(
     name="lsync",
@@ -24,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-INTERRUPTED = 130  # what a shell expects after Ctrl-C
 
 
 class Preset(str, Enum):
@@ -276,7 +275,7 @@ def peak_device_mib(device: Any) -> float | None:
 
 @contextmanager
 def _progress(console: Console, label: str) -> Iterator[Any]:
-    """A bar with the time left; yields ``advance(done, total)``."""
+    """A bar with the time left; yields ``advance(done, total)``. Ctrl-C becomes Interrupted."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -288,7 +287,10 @@ def _progress(console: Console, label: str) -> Iterator[Any]:
         disable=console.quiet,
     ) as bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        try:
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted; no output was written") from error
 
 
 def main() -> None:
@@ -298,9 +300,6 @@ def main() -> None:
     except LsyncError as error:
         typer.echo(f"lsync: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("lsync: interrupted; no output was written", err=True)
-        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

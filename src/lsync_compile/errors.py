@@ -47,3 +47,9 @@ class CompileError(LsyncError):
     """A graph could not be captured, rewritten or lowered (raised with ``strict=True`` only)."""
 
     exit_code = 7
+
+
+class Interrupted(LsyncError):
+    """The user stopped the work; what was under way is discarded."""
+
+    exit_code = 130  # what a shell gives after Ctrl-C
