@@ -1,0 +1,74 @@
+"""Random changes to faces and sound, on the device, the same for all frames of a clip.
+
+The real footage is half a minute of two people, so everything that lets a network recognise a
+single frame of it (framing, light, colour, the microphone) is varied, and what it has to learn
+(how the mouth goes with the sound) is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def uniform(n: int, low: float, high: float, like: Tensor) -> Tensor:
+    """``(n,)`` fp32 numbers on the device of ``like``."""
+    return torch.rand(n, device=like.device) * (high - low) + low
+
+
+def jitter_geometry(clips: Tensor, *, strength: float = 1.0) -> Tensor:
+    """Flip, scale, turn and shift each clip ``(B, N, 3, H, W)`` as a whole."""
+    batch, frames, _, height, width = clips.shape
+    flip = torch.where(uniform(batch, 0, 1, clips) < 0.5, -1.0, 1.0)
+    scale = 1 + strength * uniform(batch, -0.06, 0.06, clips)
+    turn = strength * uniform(batch, -0.06, 0.06, clips)
+    shift = strength * (torch.rand(batch, 2, device=clips.device) - 0.5) * 0.08
+    cos, sin = turn.cos() * scale, turn.sin() * scale
+    theta = torch.stack(
+        [
+            torch.stack([cos * flip, -sin, shift[:, 0]], 1),
+            torch.stack([sin * flip, cos, shift[:, 1]], 1),
+        ],
+        1,
+    )  # (B, 2, 3)
+    grid = F.affine_grid(theta, [batch, 1, height, width], align_corners=False)
+    grid = grid.repeat_interleave(frames, 0).to(clips.dtype)
+    moved = F.grid_sample(
+        clips.flatten(0, 1), grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )
+    return moved.view_as(clips)
+
+
+def jitter_colour(clips: Tensor, *, strength: float = 1.0) -> Tensor:
+    """Brightness, contrast, gamma, saturation and tint of clips ``(B, N, 3, H, W)`` in [-1, 1]."""
+    batch = len(clips)
+    # Some clips stay almost as they are: those look like what the model will meet.
+    amount = (strength * uniform(batch, 0, 1, clips)).view(batch, 1, 1, 1, 1)
+
+    def draw(low: float, high: float, channels: int = 1) -> Tensor:
+        values = uniform(batch * channels, low, high, clips).view(batch, 1, channels, 1, 1)
+        return (amount * values).to(clips.dtype)
+
+    x = (clips + 1) / 2
+    x = x.clamp(1e-3, 1) ** torch.exp(draw(-0.25, 0.25))
+    grey = x.mean(dim=2, keepdim=True)
+    x = grey + (x - grey) * (1 + draw(-0.3, 0.25))
+    x = (x - 0.45) * (1 + draw(-0.2, 0.2)) + 0.45 + draw(-0.1, 0.1)
+    x = x * (1 + draw(-0.08, 0.08, channels=3))
+    return x.clamp(0, 1) * 2 - 1
+
+
+def jitter_sound(sound: Tensor) -> Tensor:
+    """Another microphone and room for each sound ``(B, n)``: level, tone and noise."""
+    batch = len(sound)
+    level = torch.exp(uniform(batch, -1.2, 0.7, sound))[:, None]
+    # A three-tap filter tilts the spectrum one way or the other.
+    tilt = uniform(batch, -0.6, 0.6, sound)[:, None]
+    padded = F.pad(sound, (1, 0))
+    filtered = sound + tilt * padded[:, :-1]
+    filtered = filtered / (1 + tilt.abs())
+    loud = sound.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-4)
+    amount = 10 ** uniform(batch, -3.5, -1.3, sound)[:, None]  # -70 to -26 dB
+    amount = amount * (uniform(batch, 0, 1, sound)[:, None] < 0.6)
+    return (filtered + loud * amount * torch.randn_like(sound)) * level

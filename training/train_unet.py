@@ -1,0 +1,316 @@
+"""Train the UNet and the sound encoder of lsync-mini together, on latents of the trained VAE.
+
+    python -m training.train_unet --data .train --vae OUT/vae --out OUT --state STATE --minutes 12
+
+Writes ``OUT/unet.safetensors`` and ``OUT/audio.safetensors`` (fp16, averaged weights) with their
+configurations, and ``OUT/train_unet.json`` (loss curve). ``STATE`` keeps what a later call needs
+to go on; the same command resumes. Where the state is lost, ``--init OUT`` goes on from the
+weights and the position that the last call wrote.
+
+What to watch: ``val_right`` (held-out error with the right sound) has to fall below
+``val_wrong`` (another chunk's sound) and ``val_none`` (null sound); until it does, the model
+does not listen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lsync_compile.models.mel_encoder import MelAudioEncoder
+from lsync_compile.models.scheduler import default_scheduler
+from lsync_compile.models.unet import UNet3DConditionModel
+from training.bank import Batch, LatentBank
+from training.codec import encode, load_vae
+from training.denoise import probe, region_weights, signal_levels, training_terms
+from training.footage import load_footage
+from training.loop import (
+    Budget,
+    Log,
+    Trainer,
+    learning_rate,
+    load_state,
+    save_half,
+    save_state,
+    set_up,
+    write_json,
+)
+from training.sources import ClipMaker, Footage, part_of_sound
+
+UNET_CONFIG = Path(__file__).with_name("mini_unet.json")
+AUDIO_CONFIG = Path(__file__).with_name("mini_audio.json")
+
+
+class Pair(nn.Module):
+    """The two networks that are trained together, so that one optimiser holds both."""
+
+    def __init__(self, unet: UNet3DConditionModel, audio: MelAudioEncoder) -> None:
+        super().__init__()
+        self.unet, self.audio = unet, audio
+
+
+def new_pair(unet_config: dict[str, Any], audio_config: dict[str, Any]) -> Pair:
+    """Untrained networks, initialised for training from scratch.
+
+    LatentSync zeroes the last convolution and the exits of the motion modules because it starts
+    from an image model. The exits get a small random start here: the audio reaches the mouth
+    through the motion modules too, and ten minutes are short.
+    """
+    unet = UNet3DConditionModel(**unet_config)
+    audio = MelAudioEncoder(**audio_config)
+    for name, parameter in unet.named_parameters():
+        if "motion_modules" in name and name.endswith("proj_out.weight"):
+            nn.init.normal_(parameter, std=0.2 / parameter.shape[1] ** 0.5)
+    nn.init.normal_(unet.conv_out.weight, std=0.02)
+    return Pair(unet, audio)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    budget = Budget(args.minutes, args.call_minutes, args.steps)
+    device, dtype = set_up(args.seed, args.device)
+    footage = load_footage(args.data, device, size=args.size)
+    vae = load_vae(args.vae, device, dtype)
+    unet_config = json.loads(args.unet_config.read_text())
+    audio_config = json.loads(args.audio_config.read_text())
+    pair = new_pair(unet_config, audio_config).to(device)
+    # Spectra need fp32; the pair computes in `dtype`.
+    ears = MelAudioEncoder(**audio_config).to(device)
+    trainer = Trainer(pair, dtype=dtype, weight_decay=args.weight_decay, ema=args.ema)
+    log = Log("unet", budget, args.log_every)
+    state = args.state / "unet.pt"
+    step = resume(args, state, trainer, budget, log, device)
+
+    maker = ClipMaker(footage, seed=args.seed + step)
+    bank = LatentBank(
+        maker, vae, slots=tuple(args.slots), shares=tuple(args.shares), length=args.length
+    )
+    bank.fill()
+    levels = signal_levels(default_scheduler(), device)
+    side = args.size // 8
+    mask = F.interpolate(footage.mask[None], size=(side, side))[0]
+    region = region_weights(footage.mask, side)
+    held_out = held_out_batch(footage, vae)
+    print(f"unet: {bank.describe()}, ready after {budget.seconds():.0f} s", flush=True)
+    log.reset_clock()
+
+    lengths = torch.Generator().manual_seed(args.seed + step)
+    while not budget.finished(step) and not budget.call_over():
+        if step and step % args.refresh_every == 0:
+            bank.refresh(args.refresh)
+        frames, chunks, phase = step_shape(args.batch, args.frames, lengths)
+        batch = bank.batch(chunks, frames)
+        values = training_terms(
+            pair.unet,
+            pair.audio(ears.mel(batch.sound).to(dtype), phase),
+            batch,
+            levels,
+            mask,
+            region,
+            drop_sound=args.drop_sound,
+            dtype=dtype,
+        )
+        values["loss"].backward()
+        rate = learning_rate(args.lr, budget.fraction(step))
+        norm = trainer.step(rate)
+        log.add(values | {"grad": norm})
+        step += 1
+        if log.due(step):
+            extra = {}
+            if step % args.check_every == 0:
+                extra = check(pair, ears.mel(held_out.sound), held_out, levels, mask, region, dtype)
+            log.line(step, lr=rate, **extra)
+            log.reset_clock()
+        if step % args.save_every == 0:
+            save(state, trainer, step, budget, log)
+
+    save(state, trainer, step, budget, log)
+    finish(args, trainer, pair, footage, bank, log, complete=budget.finished(step))
+
+
+def step_shape(batch: int, frames: int, generator: torch.Generator) -> tuple[int, int, int]:
+    """Frames of a chunk, number of chunks, and phase of the first feature, for one step.
+
+    One step in eight has shorter chunks, as the last chunk of a clip has. Another one in eight
+    has the sound encoder's phase marker out of step, as with an unusual chunk length, so that
+    the model does not depend on it wholly.
+    """
+    draw, length, shift = torch.rand(3, generator=generator).tolist()
+    if draw < 1 / 8 and frames > 1:
+        return 1 + int(length * (frames - 1)), batch, 0
+    return frames, batch, int(16 * shift) if draw > 7 / 8 else 0
+
+
+def resume(
+    args: argparse.Namespace,
+    state: Path,
+    trainer: Trainer,
+    budget: Budget,
+    log: Log,
+    device: torch.device,
+) -> int:
+    """Load what an earlier call left; returns the number of steps done."""
+    if state.exists():
+        saved = load_state(state, device)
+        trainer.load_state(saved["trainer"])
+        step, budget.used, log.points = saved["step"], saved["seconds"], saved["points"]
+    elif args.init is not None:
+        position = json.loads((args.init / "train_unet.json").read_text())
+        weights = {
+            f"{part}.{name}": weight.to(device)
+            for part in ("unet", "audio")
+            for name, weight in load_file(str(args.init / f"{part}.safetensors")).items()
+        }
+        step, budget.used, log.points = (position[k] for k in ("steps", "seconds", "curve"))
+        trainer.load_weights(weights, step)
+    else:
+        return 0
+    torch.manual_seed(args.seed + step)
+    print(f"unet: resumed at step {step}, {budget.used:.0f} s used", flush=True)
+    return int(step)
+
+
+@torch.no_grad()
+def held_out_batch(footage: Footage, vae: Any, frames: int = 16) -> Batch:
+    """All whole chunks of the held-out ends of the real recordings, each with the reference
+    half of that end away."""
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for take in footage.of("real"):
+        if len(take.frames) - take.train < frames:
+            continue
+        pixels = take.frames[take.train :].float() / 127.5 - 1
+        sound = take.sound[take.train * 640 :]
+        target, masked = encode(vae, pixels), encode(vae, pixels * footage.mask)
+        reference = target.roll(len(target) // 2, 0)
+        for start in range(0, len(pixels) - frames + 1, frames):
+            here = slice(start, start + frames)
+            heard = part_of_sound(sound, start, frames)
+            parts.append((target[here], masked[here], reference[here], heard))
+    target, masked, reference, heard = (torch.stack(column) for column in zip(*parts, strict=True))
+    video = [x.transpose(1, 2).float() for x in (target, masked, reference)]
+    return Batch(video[0], video[1], video[2], heard)
+
+
+@torch.no_grad()
+def check(
+    pair: Pair,
+    mel: Tensor,
+    held_out: Batch,
+    levels: Tensor,
+    mask: Tensor,
+    region: Tensor,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """Held-out error with the right, a wrong and no sound; of the weights as they are."""
+    features = pair.audio(mel.to(dtype))
+    errors = probe(pair.unet, features, held_out, levels, mask, region, seed=3, dtype=dtype)
+    return {f"val_{name}": value for name, value in errors.items()}
+
+
+def save(path: Path, trainer: Trainer, step: int, budget: Budget, log: Log) -> None:
+    save_state(
+        path,
+        {
+            "trainer": trainer.state(),
+            "step": step,
+            "seconds": budget.seconds(),
+            "points": log.points,
+        },
+    )
+
+
+@torch.no_grad()
+def finish(
+    args: argparse.Namespace,
+    trainer: Trainer,
+    pair: Pair,
+    footage: Footage,
+    bank: LatentBank,
+    log: Log,
+    *,
+    complete: bool,
+) -> None:
+    """Write the averaged weights of both networks, and the curve."""
+    averaged = trainer.averaged()
+    for part in ("unet", "audio"):
+        weights = {
+            name.removeprefix(f"{part}."): weight
+            for name, weight in averaged.items()
+            if name.startswith(f"{part}.")
+        }
+        # Buffers (position tables, mel filters) belong to the file as well.
+        module = getattr(pair, part)
+        weights |= {k: v for k, v in module.state_dict().items() if k not in weights}
+        save_half(args.out / f"{part}.safetensors", weights)
+    (args.out / "unet.json").write_text(args.unet_config.read_text())
+    (args.out / "audio.json").write_text(args.audio_config.read_text())
+    result = {
+        "complete": complete,
+        "steps": trainer.steps,
+        "seconds": round(log.budget.seconds(), 1),
+        "batch": args.batch,
+        "frames": args.frames,
+        "seed": args.seed,
+        "clips_made": bank.made,
+        "parameters": {
+            part: sum(p.numel() for p in getattr(pair, part).parameters())
+            for part in ("unet", "audio")
+        },
+        "data": footage.describe(),
+        "curve": log.points,
+    }
+    write_json(args.out / "train_unet.json", result)
+    print({k: v for k, v in result.items() if k != "curve"}, flush=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--data", type=Path, required=True, help="folder made by training.prepare")
+    p.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
+    p.add_argument("--out", type=Path, required=True, help="results: weights, configs, curve")
+    p.add_argument(
+        "--state", type=Path, required=True, help="folder that keeps the resumable state"
+    )
+    p.add_argument("--init", type=Path, help="an earlier --out to go on from without its state")
+    p.add_argument("--unet-config", type=Path, default=UNET_CONFIG)
+    p.add_argument("--audio-config", type=Path, default=AUDIO_CONFIG)
+    p.add_argument(
+        "--minutes", type=float, default=12.0, help="length of the run, all calls together"
+    )
+    p.add_argument("--call-minutes", type=float, help="stop and save after this long")
+    p.add_argument("--steps", type=int, help="run this many steps instead of --minutes")
+    p.add_argument("--batch", type=int, default=32, help="chunks a step")
+    p.add_argument("--frames", type=int, default=16, help="frames of a chunk")
+    p.add_argument("--lr", type=float, default=8e-4)
+    p.add_argument("--weight-decay", type=float, default=0.02)
+    p.add_argument("--ema", type=float, default=0.998)
+    p.add_argument("--drop-sound", type=float, default=0.12, help="share of chunks with null sound")
+    p.add_argument("--size", type=int, default=256)
+    p.add_argument(
+        "--slots",
+        type=int,
+        nargs=3,
+        default=[224, 64, 256],
+        help="clips in the bank: real, portrait, synthetic",
+    )
+    p.add_argument("--shares", type=float, nargs=3, default=[0.45, 0.12, 0.43])
+    p.add_argument("--length", type=int, default=64, help="frames of a clip in the bank")
+    p.add_argument("--refresh", type=int, default=8, help="clips replaced at a time")
+    p.add_argument("--refresh-every", type=int, default=20, help="steps between replacements")
+    p.add_argument("--log-every", type=int, default=50)
+    p.add_argument("--check-every", type=int, default=200, help="a multiple of --log-every")
+    p.add_argument("--save-every", type=int, default=500)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--seed", type=int, default=1)
+    return p.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
