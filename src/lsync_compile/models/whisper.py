@@ -11,6 +11,7 @@ end they jump every 30 s.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import OrderedDict
 from pathlib import Path
@@ -21,13 +22,13 @@ from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from lsync_compile.errors import CheckpointError
+from lsync_compile.errors import CheckpointError, OptionError
 
 from .audio import SAMPLES_PER_STEP, AudioFeatures, EncoderModule, check_samples
 from .mel import LogMel
 from .weights import build, read_archive, read_state_dict
 
-OVERLAP = 250  # steps that neighbouring windows share at least: 5 s
+_OVERLAP_DIVISOR = 6  # of a window is shared with the next one at least: 5 s of 30 s
 _DYNAMIC_RANGE = 8.0  # decades below the loudest moment that Whisper hears
 _MEL_CHUNK = 6000  # frames at a time in search of that moment
 
@@ -52,23 +53,25 @@ class WhisperAudioEncoder(EncoderModule):
 
     Args:
         network: a transformers Whisper encoder; its final norm is removed.
-        overlap: steps that neighbouring windows share at least.
+        overlap: steps that neighbouring windows share at least; a sixth of a window (5 s) if none.
     """
 
-    def __init__(self, network: WhisperEncoder, *, overlap: int = OVERLAP) -> None:
+    def __init__(self, network: WhisperEncoder, *, overlap: int | None = None) -> None:
         super().__init__()
         network.layer_norm = nn.Identity()
         self.network = network.eval().requires_grad_(False)
         self.feature_dim = int(network.config.d_model)
         self.states = int(network.config.encoder_layers) + 1
         self.window = int(network.config.max_source_positions)
-        if not 0 <= overlap < self.window:
-            raise ValueError(f"overlap: {overlap} is not within a window of {self.window} steps")
-        self.overlap = overlap
+        self.overlap = self.window // _OVERLAP_DIVISOR if overlap is None else overlap
+        if not 0 <= self.overlap < self.window:
+            raise OptionError(f"overlap: {overlap} is not within a window of {self.window} steps")
         self.log_mel = LogMel(int(network.config.num_mel_bins))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> WhisperAudioEncoder:
+    def from_pretrained(
+        cls, path: str | Path, *, overlap: int | None = None
+    ) -> WhisperAudioEncoder:
         """Load OpenAI's ``.pt`` file, or a folder that transformers saved a Whisper model to.
 
         Raises:
@@ -79,7 +82,7 @@ class WhisperAudioEncoder(EncoderModule):
         network = build(
             lambda: _without_norm(WhisperEncoder(config)), state, dtype=torch.float32, source=source
         )
-        return cls(network)
+        return cls(network, overlap=overlap)
 
     def open(self, samples: Tensor) -> AudioFeatures:
         """Features of ``samples (n,)``, computed window by window as read. See `AudioEncoder`."""
@@ -204,8 +207,8 @@ def _read_openai(path: Path) -> tuple[WhisperConfig, dict[str, Tensor], Path]:
 
 def _read_folder(path: Path) -> tuple[WhisperConfig, dict[str, Tensor], Path]:
     try:
-        config = WhisperConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+        config = WhisperConfig(**json.loads((path / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path / 'config.json'}: cannot be read ({error})") from error
     names = ("model.safetensors", "pytorch_model.bin")
     source = next((path / name for name in names if (path / name).is_file()), None)
