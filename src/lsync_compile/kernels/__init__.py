@@ -1,0 +1,31 @@
+"""Exact Triton kernels as torch operators, each with its torch reference beside it.
+
+Importing this package registers ``torch.ops.lsync.*``. On a GPU they launch Triton kernels, on a
+CPU they run their references; see `lsync_compile.kernels.launch`.
+"""
+
+from __future__ import annotations
+
+from lsync_compile.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from lsync_compile.kernels.geglu import geglu, geglu_reference
+from lsync_compile.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from lsync_compile.kernels.spec import KernelSpec, Tolerance, kernels_table, registered
+from lsync_compile.kernels.temporal_attention import (
+    temporal_attention,
+    temporal_attention_reference,
+)
+
+__all__ = [
+    "KernelSpec",
+    "Tolerance",
+    "add_layer_norm",
+    "add_layer_norm_reference",
+    "geglu",
+    "geglu_reference",
+    "group_norm_silu",
+    "group_norm_silu_reference",
+    "kernels_table",
+    "registered",
+    "temporal_attention",
+    "temporal_attention_reference",
+]

@@ -1,0 +1,167 @@
+"""How kernels are launched, and where they are not.
+
+A `Kernel` is a function in Triton's language with the few configurations it may run in. On a GPU
+the fastest of them is found once for each combination of shapes and dtypes and remembered, on disk
+too (Triton's own cache). Under Triton's interpreter (``TRITON_INTERPRET=1``) the first one that
+fits is taken. Without Triton, and on a CPU without the interpreter, ops run their references.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # platforms without Triton
+    triton = tl = None
+
+__all__ = [
+    "INTERPRETED",
+    "Config",
+    "Kernel",
+    "Launch",
+    "function",
+    "kernel",
+    "record_launches",
+    "runs_kernel",
+    "tl",
+]
+
+INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
+
+Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to run a kernel: its block sizes, and warps and pipeline stages a program."""
+
+    blocks: Mapping[str, int]
+    warps: int = 4
+    stages: int = 1
+
+
+Fits = Callable[[Config, Mapping[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as `record_launches` sees it: arguments by name, all but the configuration's."""
+
+    kernel: Kernel
+    arguments: dict[str, Any]
+
+    @property
+    def configs(self) -> list[Config]:
+        """The configurations that it may run in."""
+        return self.kernel.candidates(self.arguments)
+
+
+class Kernel:
+    """A kernel in Triton's language and how to launch it.
+
+    Args:
+        function: the kernel; constants are keyword arguments annotated ``tl.constexpr``.
+        configs: what to choose from; the first is the default.
+        key: arguments whose values, with the dtypes of all tensors, make a choice valid again.
+        fits: whether a configuration is worth trying for these arguments, by name.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., None],
+        configs: Sequence[Config],
+        key: Sequence[str],
+        fits: Fits | None,
+    ) -> None:
+        self.name = function.__name__.strip("_")
+        self.configs = tuple(configs)
+        self.jitted: Any = None if triton is None else triton.jit(function)
+        self._names = tuple(function.__code__.co_varnames[: function.__code__.co_argcount])
+        self._key = list(key)
+        self._fits = fits
+        # Triton's autotuner keeps the arguments of the call under way in itself.
+        self._lock = threading.Lock()
+
+    def candidates(self, arguments: Mapping[str, Any]) -> list[Config]:
+        """The configurations that fit these arguments; all of them if none does."""
+        if self._fits is None:
+            return list(self.configs)
+        return [c for c in self.configs if self._fits(c, arguments)] or list(self.configs)
+
+    def launch(self, grid: Grid, *args: Any, **constants: Any) -> None:
+        """Run the kernel on ``grid``, a function of the configuration's block sizes."""
+        if _recorded is not None:
+            arguments = dict(zip(self._names, args, strict=False)) | constants
+            _recorded.append(Launch(self, arguments))
+        elif INTERPRETED:
+            arguments = dict(zip(self._names, args, strict=False)) | constants
+            blocks = self.candidates(arguments)[0].blocks
+            self.jitted[grid(blocks)](*args, **constants, **blocks)
+        else:
+            # Triton launches on the current device, torch on that of the tensors.
+            with self._lock, torch.cuda.device_of(args[0]):
+                self._tuner[grid](*args, **constants)
+
+    @functools.cached_property
+    def _tuner(self) -> Any:
+        tuned = {
+            triton.Config(dict(c.blocks), num_warps=c.warps, num_stages=c.stages): c
+            for c in self.configs
+        }
+
+        def prune(configs: list[Any], named: dict[str, Any], **kwargs: Any) -> list[Any]:
+            chosen = self.candidates({**named, **kwargs})
+            return [config for config in configs if tuned[config] in chosen]
+
+        return triton.autotune(
+            list(tuned),
+            self._key,
+            prune_configs_by={"early_config_prune": prune},
+            # Milliseconds. Enough to tell apart what differs by a few per cent.
+            do_bench=functools.partial(triton.testing.do_bench, warmup=5, rep=20),
+            cache_results=True,
+        )(self.jitted)
+
+
+def kernel(
+    configs: Sequence[Config],
+    *,
+    key: Sequence[str] = (),
+    fits: Fits | None = None,
+) -> Callable[[Callable[..., None]], Kernel]:
+    """Decorator that makes a function in Triton's language a `Kernel`; see there."""
+    return lambda function: Kernel(function, configs, key, fits)
+
+
+def function(body: Callable[..., Any]) -> Any:
+    """Decorator for a function in Triton's language that kernels call."""
+    return body if triton is None else triton.jit(body)
+
+
+def runs_kernel(x: Tensor) -> bool:
+    """Whether an op on ``x`` launches its kernel; it runs its reference otherwise."""
+    return triton is not None and (INTERPRETED or x.is_cuda)
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Collect the launches of this block instead of running them (tensors may be on "meta")."""
+    global _recorded
+    _recorded, before = [], _recorded
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
