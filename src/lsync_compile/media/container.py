@@ -84,12 +84,9 @@ def _check_complete(path: str | Path, container: av.container.InputContainer) ->
     """Refuse a file whose index points beyond its end, before any work is done on its start."""
     size = container.size
     for track in container.streams:
-        # PyAV before 17 does not show the index; such a file then ends with an error or early.
-        entries = getattr(track, "index_entries", None)
-        if not entries or not size:
-            continue
-        end = entries[-1].pos + entries[-1].size
-        if end > size:
+        entries = track.index_entries
+        end = entries[-1].pos + entries[-1].size if len(entries) else 0
+        if end > size > 0:
             raise MediaError(
                 f"{path}: cut off: {size} bytes of at least {end}; copy or download it again"
             )

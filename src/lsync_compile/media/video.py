@@ -103,7 +103,7 @@ def probe(path: str | Path) -> VideoInfo:
             codec=name,
             has_audio=bool(container.streams.audio),
             rotation=rotation,
-            colour=ColourTags.of(frame),
+            colour=ColourTags.of(track.codec_context),
             pixel_aspect=1 / aspect if turned else aspect,
         )
 
@@ -205,7 +205,7 @@ class _Converter:
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: VideoFrame) -> Frame:
-        tags = ColourTags.of(frame).resolved(frame.height)
+        tags = ColourTags(int(frame.colorspace)).resolved(frame.height)
         picture = self._reformatter.reformat(
             frame, format="rgb24", src_colorspace=tags.swscale_matrix, interpolation=EXACT
         ).to_ndarray()

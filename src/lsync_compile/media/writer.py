@@ -83,7 +83,7 @@ class VideoWriter:
         self._audio = None if audio is None else audio.reshape(len(audio), -1)
         self._samples_written = 0
         self._container: OutputContainer | None = None
-        self._colour = (colour or ColourTags(1, 1, 1)).resolved(height)
+        self._colour = (colour or ColourTags(1, 1, 1)).writable(height)
         self._reformatter = VideoReformatter()
         if not self.path.parent.is_dir():
             raise MediaError(f"{self.path}: the folder {self.path.parent} does not exist")
