@@ -12,9 +12,11 @@ from transformers import WhisperConfig, WhisperModel
 WIDTH, LAYERS, HEADS, BANDS = 16, 4, 2, 80
 
 
-def random_weights(context: int, *, positions: bool = True) -> dict[str, Tensor]:
+def random_weights(
+    context: int, *, positions: bool = True, width: int = WIDTH
+) -> dict[str, Tensor]:
     """An encoder in OpenAI's names, without the prefix ``encoder.``."""
-    generator, width = torch.Generator().manual_seed(0), WIDTH
+    generator = torch.Generator().manual_seed(0)
 
     def matrix(*shape: int) -> Tensor:
         scale = torch.tensor(shape[1:]).prod() ** -0.5
