@@ -1,0 +1,79 @@
+"""LatentSync's own pipeline, plain and compiled, from clip to file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from lsync_compile import LatentSyncPipeline
+from lsync_compile.models import pipeline as module
+
+Maker = Callable[..., Path]
+written: list[np.ndarray] = []
+
+
+class Recorder:
+    """Takes the frames before the encoder does: x264 does not give the same bits every time."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        written.clear()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+    def write(self, frame: np.ndarray) -> None:
+        written.append(frame.copy())
+
+
+def test_frames_are_the_same_bits_and_a_second_clip_compiles_nothing(
+    tiny_pipeline: LatentSyncPipeline,
+    make_clip: Maker,
+    make_speech: Maker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "VideoWriter", Recorder)
+    torch._dynamo.reset()
+    clip, speech = make_clip(8), make_speech(0.28)  # 7 frames: a chunk of 4 and a short one of 3
+
+    def run(pipe: LatentSyncPipeline, *, steps: int = 2, source: Path = clip) -> list:
+        pipe(
+            source,
+            speech,
+            clip.with_name("out.mp4"),
+            num_frames=4,
+            num_inference_steps=steps,
+            guidance_scale=1.5,
+            generator=torch.Generator().manual_seed(0),
+        )
+        return list(written)
+
+    expected = run(tiny_pipeline)
+    assert len(expected) == 7
+    fast = torch.compile(
+        tiny_pipeline, backend="lsync", options={"lowering": "eager", "strict": True}
+    )
+    assert isinstance(fast, LatentSyncPipeline)
+    assert all(map(np.array_equal, run(fast), expected))
+
+    report = fast.lsync.report()
+    unet = [graph for graph in report.graphs if graph.target == "unet"]
+    assert [graph.kind for graph in unet] == ["first", "variant"]
+    assert [graph.calls for graph in unet] == [2, 2]
+    assert report.counters["breaks"] == report.counters["recompiles"] == 0
+
+    graphs = counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(fast, steps=3, source=make_clip(5, name="other.mp4"))
+    assert counters["stats"]["unique_graphs"] == graphs
+
+    plain = fast.lsync.undo()
+    assert plain is tiny_pipeline
+    assert all(map(np.array_equal, run(plain), expected))
