@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from lsync_compile.errors import NoFaceError, OptionError
+from lsync_compile.media.audio import load_audio
 from lsync_compile.quality import metrics
-from lsync_compile.quality.compare import Clip, Study, compare
+from lsync_compile.quality.compare import Clip, Compiler, Study, compare
 from lsync_compile.quality.footage import Footage
-from lsync_compile.quality.runs import Run, Setting, collect, make_scheduler
+from lsync_compile.quality.runs import Run, Setting, collect, make_scheduler, sound
 from lsync_compile.quality.scores import score
 
 from .faces import syllables, voice
@@ -174,3 +177,32 @@ def test_a_study_becomes_json(own_sound: Clip) -> None:
     assert back["candidates"][0]["setting"]["steps"] == 10
     assert back["candidates"][0]["against_reference"]["mouth"]["psnr"]["value"] > 20
     assert back["machine"]["torch"] == torch.__version__
+
+
+def test_each_setting_starts_from_the_plain_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def fake(pipeline: StandIn, **options: str) -> SimpleNamespace:
+        name = options["preset"]
+        done.append(f"compile {name}")
+        return SimpleNamespace(lsync=SimpleNamespace(undo=lambda: done.append(f"undo {name}")))
+
+    monkeypatch.setattr("lsync_compile.compile", fake, raising=False)
+    compiler, pipeline = Compiler(), StandIn()
+    for options in (None, {"preset": "exact"}, {"preset": "turbo"}, None, None):
+        result = compiler(pipeline, Setting("any", options=options))
+        assert (result is pipeline) == (options is None)
+    assert done == ["compile exact", "undo exact", "compile turbo", "undo turbo"]
+
+
+def test_muted_runs_hear_silence(tmp_path: Path) -> None:
+    speech = tmp_path / "speech.wav"
+    with wave.open(str(speech), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(b"\x01\x02" * 3200)
+    with sound("clip.mp4", speech, muted=True) as path:
+        heard = load_audio(path, sample_rate=16_000)
+    assert len(heard) == 3200
+    assert not heard.any()
+    with sound("clip.mp4", speech, muted=False) as path:
+        assert path == speech

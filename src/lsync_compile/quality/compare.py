@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from lsync_compile import __version__
+import lsync_compile
 from lsync_compile.media.audio import load_audio
+from lsync_compile.quality.floors import Floor
 from lsync_compile.quality.footage import Footage
-from lsync_compile.quality.runs import FPS, Pipeline, Progress, Run, Setting, collect
-from lsync_compile.quality.scores import Scores, score
+from lsync_compile.quality.runs import FPS, SAMPLE_RATE, Pipeline, Progress, Run, Setting, collect
+from lsync_compile.quality.scores import Scores, compare_runs, mouth_region, score
 from lsync_compile.quality.sync import Array, Sync, measure_sync, mouth_opening, sound_energy
 
-SAMPLE_RATE = 16_000
 REFERENCE = Setting("reference")
 REGIONS = ("mouth", "frame")
 
@@ -95,6 +95,7 @@ class Study:
         original_sync: how the mouth of the clip itself follows the sound.
         original_opening: (F,) of the clip's own mouth.
         energy: (F,) of the sound.
+        floors: noise floors of the reference, where they were asked for.
         frames_without_face: left out of every figure of the mouth region.
         machine: device, versions and date.
     """
@@ -105,6 +106,7 @@ class Study:
     original_sync: Sync
     original_opening: Array
     energy: Array
+    floors: list[Floor]
     frames_without_face: int
     machine: dict[str, str]
 
@@ -117,6 +119,7 @@ class Study:
             "frames_without_face": self.frames_without_face,
             "original_sync": self.original_sync.to_dict(),
             "reference": self.reference.to_dict(),
+            "floors": [floor.to_dict() for floor in self.floors],
             "candidates": [candidate.to_dict() for candidate in self.candidates],
         }
 
@@ -128,6 +131,7 @@ def compare(
     *,
     reference: Setting = REFERENCE,
     prepare: Callable[[Pipeline, Setting], Pipeline] | None = None,
+    measure_floors: Callable[[Run], list[Floor]] | None = None,
     max_frames: int | None = None,
     progress: Callable[[Setting], Progress] | None = None,
     keep: Callable[[Run], None] | None = None,
@@ -141,6 +145,7 @@ def compare(
         reference: the setting to judge by.
         prepare: gives the pipeline to run a candidate with, such as a compiled one; the plain
             pipeline for None.
+        measure_floors: called with the reference's run, before anything is compiled.
         max_frames: stop each run after so many frames.
         progress: for a setting, what to call with the denoising steps done and their total.
         keep: called with each run while its pictures exist, the reference's first.
@@ -166,6 +171,7 @@ def compare(
 
     base = run(pipeline, reference, None)
     energy = clip_energy(clip, len(base))
+    floors = measure_floors(base) if measure_floors else []
     results = []
     for setting in candidates:
         made = run(prepare(pipeline, setting) if prepare else pipeline, setting, base)
@@ -178,9 +184,32 @@ def compare(
         original_sync=measure_sync(own_opening, energy),
         original_opening=own_opening,
         energy=energy,
+        floors=floors,
         frames_without_face=base.has_face.count(False),
         machine=describe_machine(pipeline),
     )
+
+
+class Compiler:
+    """Gives `compare` the pipeline for each setting: compiled with its options, or plain.
+
+    Compiling works in place, so each setting starts from the pipeline as it was.
+    """
+
+    def __init__(self) -> None:
+        self._undo: Callable[[], Any] | None = None
+
+    def __call__(self, pipeline: Pipeline, setting: Setting) -> Pipeline:
+        """The pipeline to run a setting with."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+        if setting.options is None:
+            return pipeline
+        compiled: Any = lsync_compile.compile(pipeline, **setting.options)
+        self._undo = compiled.lsync.undo
+        result: Pipeline = compiled
+        return result
 
 
 def judge(run: Run, clip: Clip, energy: Array, reference: Run | None = None) -> Result:
@@ -192,11 +221,11 @@ def judge(run: Run, clip: Clip, energy: Array, reference: Run | None = None) -> 
         energy: (F,) of the sound.
         reference: the unoptimised run.
     """
-    against_reference = {} if reference is None else compare_regions(run, reference)
+    against_reference = {} if reference is None else compare_runs(run, reference)
     against_original = {}
     if clip.has_truth:
         against_original = {
-            "mouth": score(run.synced, run.faces, **_mouth(run)),
+            "mouth": score(run.synced, run.faces, **mouth_region(run)),
             "frame": score(run.frames, run.originals, starts=run.starts),
         }
     opening = opening_of(run.synced, run.has_face)
@@ -210,14 +239,6 @@ def judge(run: Run, clip: Clip, energy: Array, reference: Run | None = None) -> 
         sync=measure_sync(opening, energy),
         opening=opening,
     )
-
-
-def compare_regions(run: Run, reference: Run) -> dict[str, Scores]:
-    """Scores of a run against another one, for the mouth region and for the full frame."""
-    return {
-        "mouth": score(run.synced, reference.synced, **_mouth(run)),
-        "frame": score(run.frames, reference.frames, starts=run.starts),
-    }
 
 
 def clip_energy(clip: Clip, frames: int) -> Array:
@@ -244,7 +265,7 @@ def describe_machine(pipeline: Any = None) -> dict[str, str]:
     return {
         "device": name,
         "dtype": str(getattr(unet, "dtype", "unknown")).removeprefix("torch."),
-        "lsync_compile": __version__,
+        "lsync_compile": lsync_compile.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -254,10 +275,6 @@ def describe_machine(pipeline: Any = None) -> dict[str, str]:
 def _processor() -> str:
     cores = torch.get_num_threads()
     return f"CPU {platform.machine()}, {cores} thread{'s' if cores != 1 else ''}"
-
-
-def _mouth(run: Run) -> dict[str, Any]:
-    return {"region": run.mask < 0.5, "valid": run.has_face, "starts": run.starts}
 
 
 def _scores_dict(scores: dict[str, Scores]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import tempfile
+import wave
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lsync_compile.errors import NoFaceError, OptionError
+from lsync_compile.media.audio import load_audio
 from lsync_compile.options import nearest
 from lsync_compile.quality.footage import Footage
 
 Progress = Callable[[int, int], None]
 
 FPS = 25
+SAMPLE_RATE = 16_000
 SOLVERS = {
     "ddim": "DDIMScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
@@ -49,6 +53,8 @@ class Pipeline(Protocol):
     """What is used of a pipeline."""
 
     scheduler: Any
+    unet: Any
+    vae: Any
 
     @property
     def resolution(self) -> int:
@@ -79,6 +85,7 @@ class Setting:
         guidance_scale: 1 and below switch guidance off.
         num_frames: frames a chunk.
         seed: of all random draws.
+        muted: replace the sound by silence: the control that shows what the sound does.
         options: of `lsync_compile.compile`; None runs the plain pipeline.
 
     Raises:
@@ -92,6 +99,7 @@ class Setting:
     guidance_scale: float = 1.5
     num_frames: int = 16
     seed: int = 1247
+    muted: bool = False
     options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -194,10 +202,10 @@ def collect(
         run.originals, run.faces = beside.originals, beside.faces
     # On the CPU, the same numbers whatever device the pipeline is on.
     generator = torch.Generator("cpu").manual_seed(setting.seed)
-    with solver(pipeline, setting):
+    with solver(pipeline, setting), sound(video, audio, muted=setting.muted) as heard:
         for chunk in pipeline.synthesize(
             video,
-            audio,
+            heard,
             num_inference_steps=setting.steps,
             guidance_scale=setting.guidance_scale,
             num_frames=setting.num_frames,
@@ -223,6 +231,23 @@ def solver(pipeline: Pipeline, setting: Setting) -> Iterator[None]:
         yield
     finally:
         pipeline.scheduler = before
+
+
+@contextlib.contextmanager
+def sound(
+    video: str | Path, audio: str | Path | None, *, muted: bool
+) -> Iterator[str | Path | None]:
+    """The sound to sync to: as given, or a file of as much silence."""
+    if not muted:
+        yield audio
+        return
+    length = len(load_audio(audio or video, sample_rate=SAMPLE_RATE))
+    with tempfile.TemporaryDirectory(prefix="lsync-quality-") as folder:
+        path = Path(folder) / "silence.wav"
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
+            file.writeframes(bytes(2 * length))
+        yield path
 
 
 def make_scheduler(scheduler: Any, name: str, spacing: str | None = None) -> Any:

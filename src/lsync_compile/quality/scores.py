@@ -12,6 +12,7 @@ from torch import Tensor
 from lsync_compile.quality import metrics
 from lsync_compile.quality.footage import Footage
 from lsync_compile.quality.metrics import Measure
+from lsync_compile.quality.runs import Run
 
 # Frames that are in memory at once; the measures walk over a clip in such pieces.
 _PIECE = 8
@@ -91,6 +92,19 @@ def score(
         seams=metrics.seams(steps[both], at_border[1:][both]),
         frames_psnr=frames_psnr.tolist(),
     )
+
+
+def compare_runs(run: Run, reference: Run) -> dict[str, Scores]:
+    """Scores of a run against another one, for the mouth region and for the full frame."""
+    return {
+        "mouth": score(run.synced, reference.synced, **mouth_region(run)),
+        "frame": score(run.frames, reference.frames, starts=run.starts),
+    }
+
+
+def mouth_region(run: Run) -> dict[str, Any]:
+    """The arguments of `score` for the part of the aligned face that the model generates."""
+    return {"region": run.mask < 0.5, "valid": run.has_face, "starts": run.starts}
 
 
 def _walk(
