@@ -11,6 +11,7 @@ from captures import Attention, Pipeline, make_unet, picture, unet_inputs
 import lsync_compile
 from lsync_compile.errors import OptionError
 from lsync_compile.explain import explain
+from lsync_compile.passes.manager import PassManager
 
 INPUTS = (torch.randn(1, 4, 8, 8), torch.tensor(3))
 
@@ -37,7 +38,7 @@ def test_a_unet_of_latentsyncs_kind() -> None:
         "other",
     }
     text = str(explanation)
-    assert "1 graph, 0 graph breaks" in text
+    assert "1 graph, 0 graph breaks, captured in" in text
     assert "pass remove_noops: " in text
     assert json.loads(json.dumps(explanation.to_dict()))["graphs"][0]["skip_joins"] == 8
 
@@ -63,6 +64,17 @@ def test_off_and_breaks_are_explained() -> None:
     assert len(explanation.breaks) == 1
     assert "break: " in str(explanation)
     assert "pass remove_noops: off (option remove_noops)" in str(explanation)
+
+
+def test_a_failing_pass_is_explained_without_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> int:
+        raise KeyError("example_value")
+
+    monkeypatch.setattr(PassManager, "run", fails)
+    explanation = explain(Attention().eval(), INPUTS)
+    (graph,) = explanation.graphs
+    assert graph.before == graph.after
+    assert "not compiled: passes: KeyError: 'example_value'" in str(explanation)
 
 
 @pytest.mark.parametrize(

@@ -118,11 +118,7 @@ def test_other_shapes_are_variants_each_specialised() -> None:
     assert report.counters["recompiles"] == 0
 
 
-def test_more_shapes_than_dynamos_usual_limit() -> None:
-    from lsync_compile.targets import CAN_LIMIT
-
-    if not CAN_LIMIT:
-        pytest.skip("this version of torch takes no limit for one call")
+def test_more_shapes_than_dynamos_limit() -> None:
     fast = compiled_by_torch(Pipeline(), compile_vae=False)
     for side in range(2, 14):
         fast(picture(side=side), steps=1)
@@ -148,6 +144,17 @@ def test_the_vae_can_be_left_out() -> None:
     fast = compiled_by_torch(Pipeline(), compile_vae=False)
     fast(picture())
     assert {graph.target for graph in fast.lsync.report().graphs} == {"unet"}
+
+
+def test_inside_a_larger_graph_the_module_is_traced_as_it_is() -> None:
+    fast = compiled_by_torch(Pipeline())
+    latents, timestep = torch.randn(1, 4, 4, 4), torch.tensor(5)
+    with torch.no_grad():
+        expected = fast.unet(latents, timestep) * 2
+        calls = fast.lsync.report().counters["calls"]
+        larger = torch.compile(lambda x, t: fast.unet(x, t) * 2, backend="eager", fullgraph=True)
+        assert torch.equal(larger(latents, timestep), expected)
+    assert fast.lsync.report().counters["calls"] == calls
 
 
 def test_forward_hooks_still_run() -> None:

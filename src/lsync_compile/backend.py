@@ -56,15 +56,16 @@ class GraphCompiler:
     Args:
         session: where records and options live.
         target: role of the graphs, see :class:`~lsync_compile.passes.spec.PassContext`.
+        variant: 0 for the first shapes of a target; other shapes are recorded as variants of them.
     """
 
     __name__ = "lsync"
 
-    def __init__(self, session: Session, target: str) -> None:
+    def __init__(self, session: Session, target: str, variant: int = 0) -> None:
         self.session = session
         self.target = target
+        self._variant = variant
         self._seen: dict[int, set[str]] = {}
-        self._count = 0
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> GraphFunction:
         """What runs in the graph's place. Called by dynamo, under its lock.
@@ -76,7 +77,7 @@ class GraphCompiler:
         untouched = copy_graph(gm)
         try:
             call = self._compile(gm, example_inputs, record)
-        except _Failure as failure:
+        except Failure as failure:
             call = self._fall_back(untouched, record, failure)
         self.session.add_graph(record)
         log.info("%s: %d -> %d nodes", record.name, record.nodes_in, record.nodes_out)
@@ -95,7 +96,7 @@ class GraphCompiler:
         try:
             lowered = get_lowering(options.lowering)(gm, example_inputs, options)
         except LOWERING_ERRORS as error:
-            raise _Failure(f"lowering {options.lowering!r}", error) from error
+            raise Failure(f"lowering {options.lowering!r}", error) from error
         record.lowering_seconds = time.perf_counter() - started
         record.lowering = options.lowering + (f" ({lowered.note})" if lowered.note else "")
         record.cache_hit = lowered.cache_hit
@@ -106,12 +107,12 @@ class GraphCompiler:
         try:
             record.passes = PassManager(self.session.options).run(gm, self.target, record.name)
         except PASS_ERRORS as error:
-            raise _Failure("passes", error) from error
+            raise Failure("passes", error) from error
         record.pass_seconds = time.perf_counter() - started
         record.nodes_out = len(gm.graph.nodes)
 
     def _fall_back(
-        self, untouched: GraphModule, record: GraphRecord, failure: _Failure
+        self, untouched: GraphModule, record: GraphRecord, failure: Failure
     ) -> GraphFunction:
         cause = f"{failure.stage}: {type(failure.error).__name__}: {_first_line(failure.error)}"
         if self.session.options.strict:
@@ -127,11 +128,12 @@ class GraphCompiler:
         seen = self._seen.setdefault(_frame_id(), set())
         frame = list(self._seen).index(_frame_id())
         signature = _signature(example_inputs)
-        kind: Kind = "first" if not seen else "recompile" if signature in seen else "variant"
+        kind: Kind = "first" if not seen and self._variant == 0 else "variant"
+        if signature in seen:
+            kind = "recompile"
         seen.add(signature)
-        self._count += 1
         return GraphRecord(
-            name=f"{self.target}.{frame}.{self._count - 1}",
+            name=f"{self.target}.{frame}.{self.session.count_graphs(self.target)}",
             target=self.target,
             frame=frame,
             kind=kind,
@@ -169,8 +171,8 @@ def lsync(
     return GraphCompiler(Session("module", resolved), "module")(gm, example_inputs)
 
 
-class _Failure(Exception):  # noqa: N818  never leaves this module
-    """Carries the cause and the stage from :meth:`GraphCompiler._compile` to its fallback."""
+class Failure(Exception):  # noqa: N818  an outcome, never seen by users
+    """Carries the cause and the stage to :meth:`GraphCompiler._fall_back`."""
 
     def __init__(self, stage: str, error: Exception) -> None:
         super().__init__(stage)

@@ -7,6 +7,7 @@ so that a full-size UNet is explained in the time of its capture, on any device 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
-from lsync_compile.backend import GraphCompiler
+from lsync_compile.backend import Failure, GraphCompiler
 from lsync_compile.compiled import is_pipeline
 from lsync_compile.errors import OptionError
 from lsync_compile.graph.census import Census, census
@@ -56,6 +57,7 @@ class Explanation:
         graphs: all graphs of all explained modules.
         breaks: reasons why a module is more than one graph; empty where it is one.
         notes: fallbacks and remarks about the options.
+        seconds: wall time of capture and passes.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Explanation:
     graphs: list[GraphExplanation]
     breaks: list[str]
     notes: list[str]
+    seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that ``json`` can write."""
@@ -98,16 +101,18 @@ def explain_with(obj: Any, example_inputs: Any, options: Options) -> Explanation
     session = Session(type(obj).__name__, options)
     graphs: list[GraphExplanation] = []
     before = dict(counters["graph_break"])
+    started = time.perf_counter()
     for role, module, inputs in _modules(obj, example_inputs):
         args, kwargs = _arguments(inputs)
         compiler = _Explainer(session, role, graphs)
         run = torch.compile(own_call(module), backend=compiler, dynamic=False)
         with torch.no_grad():
             run(*args, **kwargs)
+    seconds = time.perf_counter() - started
     after = counters["graph_break"]
     breaks = [reason for reason, count in after.items() if count > before.get(reason, 0)]
     report: Report = session.report()
-    return Explanation(report.name, report.options, graphs, breaks, report.notes)
+    return Explanation(report.name, report.options, graphs, breaks, report.notes, seconds)
 
 
 def zeros_like_seen(seen: Any) -> Any:
@@ -125,9 +130,19 @@ class _Explainer(GraphCompiler):
     def _compile(
         self, gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord
     ) -> GraphFunction:
-        before, joins = census(gm), len(skip_joins(gm.graph))
+        before = census(gm)
         self._rewrite(gm, record)
         record.lowering = f"{self.session.options.lowering} (not run)"
+        return self._explained(gm, record, before)
+
+    def _fall_back(
+        self, untouched: GraphModule, record: GraphRecord, failure: Failure
+    ) -> GraphFunction:
+        super()._fall_back(untouched, record, failure)
+        return self._explained(untouched, record, census(untouched))
+
+    def _explained(self, gm: GraphModule, record: GraphRecord, before: Census) -> GraphFunction:
+        joins = len(skip_joins(gm.graph))
         self._graphs.append(GraphExplanation(record, before, census(gm), joins))
         shapes = map_aggregate(gm.graph.output_node().args[0], _shape_of_result)
         return lambda *args: zeros_like_seen(shapes)
@@ -180,7 +195,8 @@ def format_explanation(explanation: Explanation) -> str:
     count = len(explanation.graphs)
     lines = [
         f"lsync explain: {explanation.name}, preset {options['preset']}",
-        f"  {count} graph{'' if count == 1 else 's'}, {len(explanation.breaks)} graph breaks",
+        f"  {count} graph{'' if count == 1 else 's'}, {len(explanation.breaks)} graph breaks, "
+        f"captured in {explanation.seconds:.1f} s",
         *(f"  break: {reason.splitlines()[0]}" for reason in explanation.breaks),
     ]
     for graph in explanation.graphs:
@@ -190,6 +206,7 @@ def format_explanation(explanation: Explanation) -> str:
             f"    {graph.before.nodes} operations -> {graph.after.nodes} after the passes "
             f"({record.pass_seconds:.2f} s), {graph.skip_joins} skip joins, "
             f"{graph.before.flops / 1e9:.2f} GFLOP -> {graph.after.flops / 1e9:.2f}",
+            *([f"    not compiled: {record.fallback}"] if record.fallback else []),
             *(f"    pass {format_pass(done)}" for done in record.passes),
         ]
         total = max(graph.after.flops, 1)

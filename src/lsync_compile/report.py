@@ -126,6 +126,11 @@ class Session:
         with self.lock:
             self._graphs.append(record)
 
+    def count_graphs(self, target: str) -> int:
+        """How many graphs of a target are on record: the number of the next one."""
+        with self.lock:
+            return sum(graph.target == target for graph in self._graphs)
+
     def count_call(self, record: GraphRecord) -> None:
         with self.lock:
             record.calls += 1

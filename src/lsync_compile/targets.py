@@ -1,17 +1,17 @@
 """One module of a pipeline, compiled in place and undoable.
 
-``Module.compile`` compiles the code object of the class's ``forward``, which all instances share:
-two pipelines then share one limit of recompilations and find each other's entries when their guards
-are searched. Here each module gets a code object of its own, so that its graphs, its limit and its
-count of recompilations belong to it alone and go when it is undone.
+``Module.compile`` compiles the code object of the class's ``forward``, which all instances share,
+and all shapes: dynamo stops at eight graphs for a code object, and searches the guards of all of
+them at each call. Here each shape of each module gets a code object of its own. Any number of
+shapes compiles, the limit keeps its purpose (a guard that fails again and again), and the graphs go
+when the module is undone.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -19,17 +19,13 @@ from weakref import ref
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lsync_compile.backend import GraphCompiler
 from lsync_compile.errors import CompileError, LsyncError, OptionError
 from lsync_compile.report import Session
 
 log = logging.getLogger(__name__)
-
-# Every tail length of a clip, with and without guidance, is one graph; torch stops at 8.
-RECOMPILE_LIMIT = 64
-CAN_LIMIT = "recompile_limit" in inspect.signature(torch.compile).parameters  # torch >= 2.12
 
 
 @dataclass(frozen=True)
@@ -74,16 +70,10 @@ class CompiledCall:
         self.session = session
         self.role = role
         self.seen: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._dynamic = dynamic
         self._fullgraph = fullgraph
         self._plain = False
-        limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT} if CAN_LIMIT else {}
-        self._compiled: Callable[..., Any] = torch.compile(
-            own_call(module),
-            backend=GraphCompiler(session, role),
-            dynamic=dynamic,
-            fullgraph=fullgraph,
-            **limit,
-        )
+        self._compiled: dict[Hashable, Callable[..., Any]] = {}
 
     def attach(self) -> None:
         self.module._compiled_call_impl = self
@@ -99,12 +89,12 @@ class CompiledCall:
         Raises:
             CompileError: with the option ``strict``, where a graph cannot be compiled.
         """
-        if self._plain:
+        if self._plain or torch.compiler.is_dynamo_compiling():  # in a larger graph
             return self.module._call_impl(*args, **kwargs)
         if self.seen is None:
             self.seen = tree_map(_shape_of, (args, kwargs))
         try:
-            return self._compiled(*args, **kwargs)
+            return self._for_shapes(args, kwargs)(*args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, LsyncError):
                 raise error.inner_exception from None
@@ -117,6 +107,24 @@ class CompiledCall:
             if self.session.note(f"{self.role} runs plain; {cause}"):
                 log.warning("%s runs plain, not compiled: %s", self.role, cause)
             return self.module._call_impl(*args, **kwargs)
+
+    def _for_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """What is compiled for inputs like these; one for all with ``dynamic``."""
+        leaves = () if self._dynamic else tree_leaves((args, kwargs))
+        key = tuple(
+            (leaf.shape, leaf.dtype, leaf.device)
+            for leaf in leaves
+            if isinstance(leaf, torch.Tensor)
+        )
+        if key not in self._compiled:
+            compiler = GraphCompiler(self.session, self.role, variant=len(self._compiled))
+            self._compiled[key] = torch.compile(
+                own_call(self.module),
+                backend=compiler,
+                dynamic=self._dynamic,
+                fullgraph=self._fullgraph,
+            )
+        return self._compiled[key]
 
 
 def check_free(module: nn.Module, role: str) -> None:
