@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
+from types import TracebackType
 
 import av
 import av.error
 import numpy as np
 import numpy.typing as npt
-from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
@@ -42,10 +43,9 @@ __all__ = [
 
 Frame = npt.NDArray[np.uint8]
 
-# A file is searched for a key frame this many seconds ahead of the frame wanted, more than any
-# codec reorders by. Where its index leads behind that frame, the next is tried; None reads from
-# the beginning.
-_SEEK_AHEAD = (1, 10, None)
+# A file is searched for a key frame this many seconds ahead of the frame wanted, which is more
+# than any codec reorders by. Where its index leads behind that frame, the next is tried.
+_SEEK_AHEAD = (1, 10)
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,9 @@ def read_frames(path: str | Path, *, fps: float = 25, start: int = 0) -> Iterato
         MediaError: the file cannot be read, or is damaged from some frame on.
     """
     convert = _Converter()
-    for _, frame in _place(path, Fraction(fps).limit_denominator(1001), start):
-        yield convert(frame)
+    with _Clip(path, fps) as clip:
+        for _, frame in clip.frames(start):
+            yield convert(frame)
 
 
 def count_frames(path: str | Path, fps: float = 25) -> int:
@@ -133,7 +134,8 @@ def count_frames(path: str | Path, fps: float = 25) -> int:
     Raises:
         MediaError: the file cannot be read.
     """
-    return sum(1 for _ in _place(path, Fraction(fps).limit_denominator(1001), 0))
+    with _Clip(path, fps) as clip:
+        return sum(1 for _ in clip.frames())
 
 
 class PingPongReader:
@@ -157,7 +159,7 @@ class PingPongReader:
     ) -> None:
         self._path = path
         self._count = count
-        self._fps = Fraction(fps).limit_denominator(1001)
+        self._fps = fps
         self._memory = memory
 
     def __iter__(self) -> Iterator[tuple[int, Frame]]:
@@ -166,36 +168,30 @@ class PingPongReader:
         Raises:
             MediaError: the file cannot be read, or holds no frame.
         """
-        left = self._count
         convert = _Converter()
-        length = segment = 0
-        while left > 0:
-            for index, frame in _place(self._path, self._fps, 0):
-                if left == 0:
-                    return
-                length = max(length, index + 1)
-                if segment == 0:
-                    size = sum(plane.buffer_size for plane in frame.planes)
-                    segment = max(1, self._memory // size)
-                left -= 1
+        with _Clip(self._path, self._fps) as clip:
+            for index, frame in islice(self._play(clip), self._count):
                 yield index, convert(frame)
-            for end in range(length, 0, -segment):
-                if left == 0:
-                    return
-                first = max(0, end - segment)
-                # Of the first segment shown, only the part that is wanted is decoded.
-                first = max(first, end - left)
-                for index, frame in reversed(self._segment(first, end)):
-                    left -= 1
-                    yield index, convert(frame)
 
-    def _segment(self, first: int, end: int) -> list[tuple[int, VideoFrame]]:
-        frames = []
-        for index, frame in _place(self._path, self._fps, first):
-            frames.append((index, frame))
-            if index == end - 1:
-                break
-        return frames
+    def _play(self, clip: _Clip) -> Iterator[tuple[int, VideoFrame]]:
+        """Forward and backward without end."""
+        left = self._count
+        segment = length = 0
+        while True:
+            for index, frame in clip.frames():
+                yield index, frame
+                left -= 1
+                length = max(length, index + 1)
+                segment = segment or max(1, self._memory // _bytes(frame))
+            for end in range(length, 0, -segment):
+                # Of the last segment wanted, only the part that is wanted is decoded.
+                first = max(0, end - segment, end - left)
+                left -= end - first
+                yield from reversed(list(islice(clip.frames(first), end - first)))
+
+
+def _bytes(frame: VideoFrame) -> int:
+    return sum(plane.buffer_size for plane in frame.planes)
 
 
 class _Converter:
@@ -222,17 +218,95 @@ class _Placed:
     frame: VideoFrame
 
 
-def _place(path: str | Path, fps: Fraction, start: int) -> Iterator[tuple[int, VideoFrame]]:
-    """Yield (index, decoded frame) for every index from `start` on; frames may repeat."""
-    for ahead in _SEEK_AHEAD if start > 0 else (None,):
-        with open_media(path) as container:
-            decoded = _decode(path, container, fps, None if ahead is None else (start, ahead))
-            first = next(decoded, None)
-            if ahead is None and first is None:
-                raise MediaError(f"{path}: its video track holds no frame")
-            if first is not None and (ahead is None or first.begin <= start):
-                yield from _spread(chain([first], decoded), start)
-                return
+class _Clip:
+    """A film opened for reading from any place in it, by one reader at a time.
+
+    It stays open between readings so that the decoder's buffers are used again.
+    """
+
+    def __init__(self, path: str | Path, fps: float) -> None:
+        self._path = path
+        self._fps = Fraction(fps).limit_denominator(1001)
+        self._opened = ExitStack()
+
+    def _open(self) -> None:
+        self._container = self._opened.enter_context(open_media(self._path))
+        self._track = video_stream(self._path, self._container)
+        self._fresh = True
+
+    def __enter__(self) -> _Clip:
+        self._open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._opened.__exit__(kind, error, trace)
+
+    def frames(self, start: int = 0) -> Iterator[tuple[int, VideoFrame]]:
+        """Yield (index, decoded frame) for every index from `start` on; frames may repeat."""
+        for ahead in _SEEK_AHEAD if start > 0 else ():
+            if self._seek(start / self._fps - ahead):
+                decoded = self._decode(from_middle=True)
+                first = next(decoded, None)
+                if first is not None and first.begin <= start:
+                    yield from _spread(chain([first], decoded), start)
+                    return
+        if not self._fresh:
+            self._opened.close()
+            self._open()
+        decoded = self._decode(from_middle=False)
+        first = next(decoded, None)
+        if first is None:
+            raise MediaError(f"{self._path}: its video track holds no frame")
+        yield from _spread(chain([first], decoded), start)
+
+    @property
+    def _stamped(self) -> bool:
+        # AVI stores the order of decoding only; FFmpeg's time stamps for it are off by the delay
+        # of its reordering.
+        return self._container.format.name != "avi"
+
+    def _seek(self, time: Fraction) -> bool:
+        """Go to the last key frame before a time in seconds; False if that is not possible."""
+        if time <= 0 or self._track.time_base is None or not self._stamped:
+            return False
+        self._fresh = False
+        offset = math.floor((origin(self._container) + time) / self._track.time_base)
+        try:
+            self._container.seek(offset, stream=self._track)
+        except av.error.FFmpegError:
+            # No index, as in a raw stream.
+            return False
+        return True
+
+    def _decode(self, *, from_middle: bool) -> Iterator[_Placed]:
+        """Decode on; yields nothing from the middle of a film without time stamps."""
+        self._fresh = False
+        zero = origin(self._container)
+        rate = self._track.average_rate or self._track.guessed_rate or self._fps
+        time = Fraction(0)
+        try:
+            for number, frame in enumerate(self._container.decode(self._track)):
+                unit = frame.time_base or self._track.time_base
+                lasts = 1 / rate
+                if self._stamped and frame.pts is not None and unit is not None:
+                    time = frame.pts * unit - zero
+                    lasts = frame.duration * unit or lasts
+                elif from_middle:
+                    return
+                else:
+                    # Without time stamps frames come at a constant rate.
+                    time = number / rate
+                yield _Placed(_grid(time, self._fps), _grid(time + lasts, self._fps), frame)
+        except av.error.FFmpegError as error:
+            raise MediaError(
+                f"{self._path}: damaged or cut off {float(time):.2f} s into the clip "
+                f"({error.strerror})"
+            ) from error
 
 
 def _spread(decoded: Iterable[_Placed], start: int) -> Iterator[tuple[int, VideoFrame]]:
@@ -247,48 +321,6 @@ def _spread(decoded: Iterable[_Placed], start: int) -> Iterator[tuple[int, Video
     while held is not None and index < max(held.end, 1):
         yield index, held.frame
         index += 1
-
-
-def _decode(
-    path: str | Path, container: InputContainer, fps: Fraction, search: tuple[int, int] | None
-) -> Iterator[_Placed]:
-    """Decode from the beginning or, given (index, seconds ahead of it), from there if possible.
-
-    Yields nothing where the file cannot be searched.
-    """
-    track = video_stream(path, container)
-    zero = origin(container)
-    rate = track.average_rate or track.guessed_rate or fps
-    # AVI stores the order of decoding only; FFmpeg's time stamps for it are off by the delay of
-    # its reordering.
-    stamped = container.format.name != "avi"
-    if search is not None:
-        time = search[0] / fps - search[1]
-        if time <= 0 or track.time_base is None or not stamped:
-            return
-        try:
-            container.seek(math.floor((zero + time) / track.time_base), stream=track)
-        except av.error.FFmpegError:
-            # No index, as in a raw stream: the caller reads from the beginning.
-            return
-    time = Fraction(0)
-    try:
-        for number, frame in enumerate(container.decode(track)):
-            unit = frame.time_base or track.time_base
-            lasts = 1 / rate
-            if stamped and frame.pts is not None and unit is not None:
-                time = frame.pts * unit - zero
-                lasts = frame.duration * unit or lasts
-            elif search is None:
-                # Without time stamps frames come at a constant rate.
-                time = number / rate
-            else:
-                return
-            yield _Placed(_grid(time, fps), _grid(time + lasts, fps), frame)
-    except av.error.FFmpegError as error:
-        raise MediaError(
-            f"{path}: damaged or cut off {float(time):.2f} s into the clip ({error.strerror})"
-        ) from error
 
 
 def _grid(time: Fraction, fps: Fraction) -> int:
