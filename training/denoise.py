@@ -32,16 +32,18 @@ def draw_timesteps(n: int, device: torch.device) -> Tensor:
     return (place * 1000).long().clamp(max=999)
 
 
-def draw_noise(like: Tensor, *, shared: float = 0.75) -> Tensor:
-    """Noise for ``(B, C, F, h, w)``: one frame for all, as at inference, in most chunks.
+def draw_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Noise for ``(B, C, F, h, w)``: half of the variance shared by the frames, half their own.
 
-    The other chunks get the mixed noise of LatentSync's training: half of the variance shared,
-    half of it drawn for each frame.
+    This is the mixed noise of LatentSync's training (https://arxiv.org/abs/2305.10474). Sampling
+    shares all of it; training must not: shared noise cancels in the difference of two frames, so
+    the motion could be read off the noisy latents at any noise level, and nothing would be
+    learned from the sound.
     """
-    base = torch.randn_like(like[:, :, :1]).expand_as(like)
-    own = torch.randn_like(like)
-    same = uniform(len(like), 0, 1, like)[:, None, None, None, None] < shared
-    return torch.where(same, base, (base + own) * 0.5**0.5)
+    own = torch.randn(like.shape, generator=generator, device=like.device)
+    shared = torch.randn(like[:, :, :1].shape, generator=generator, device=like.device)
+    mixed: Tensor = (own + shared) * 0.5**0.5
+    return mixed
 
 
 def sound_windows(features: Tensor, frames: int) -> Tensor:
@@ -159,9 +161,7 @@ def probe(
     generator = torch.Generator(batch.target.device).manual_seed(seed)
     frames = batch.target.shape[2]
     windows = sound_windows(features, frames)
-    noise = torch.randn(
-        batch.target[:, :, :1].shape, generator=generator, device=batch.target.device
-    ).expand_as(batch.target)
+    noise = draw_noise(batch.target, generator)
     result = {}
     sounds = {"right": windows, "wrong": windows.roll(1, 0), "none": torch.zeros_like(windows)}
     for name, heard in sounds.items():

@@ -138,13 +138,14 @@ def main(arguments: list[str] | None = None) -> None:
 def step_shape(batch: int, frames: int, generator: torch.Generator) -> tuple[int, int, int]:
     """Frames of a chunk, number of chunks, and phase of the first feature, for one step.
 
-    One step in eight has shorter chunks, as the last chunk of a clip has. Another one in eight
+    One step in eight has shorter chunks, as the last chunk of a clip has, of two lengths only:
+    each new shape costs ten seconds of choosing kernels on a GPU. Another one in eight
     has the sound encoder's phase marker out of step, as with an unusual chunk length, so that
     the model does not depend on it wholly.
     """
     draw, length, shift = torch.rand(3, generator=generator).tolist()
     if draw < 1 / 8 and frames > 1:
-        return 1 + int(length * (frames - 1)), batch, 0
+        return max(1, frames // (5 if length < 0.5 else 2)), batch, 0
     return frames, batch, int(16 * shift) if draw > 7 / 8 else 0
 
 
