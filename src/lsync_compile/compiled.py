@@ -153,7 +153,7 @@ class PipelineHandle(Handle):
 
     def _modules(self) -> dict[str, nn.Module]:
         roles = ROLES if self.options.compile_vae else ROLES[:1]
-        found = {role: _attribute(self._original, role) for role in roles}
+        found = {role: attribute_at(self._original, role) for role in roles}
         if not isinstance(found["unet"], nn.Module):
             raise OptionError(f"the pipeline's unet is a {type(found['unet']).__name__}, no module")
         for role in roles[1:]:
@@ -292,7 +292,7 @@ def compile_callable(obj: Any, options: Options, *, dynamic: bool | None, fullgr
     return compiled
 
 
-def _attribute(obj: Any, path: str) -> Any:
+def attribute_at(obj: Any, path: str) -> Any:
     """``obj.a.b`` for ``"a.b"``; None where a part is missing."""
     for name in path.split("."):
         obj = getattr(obj, name, None)

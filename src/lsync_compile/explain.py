@@ -20,7 +20,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
 from lsync_compile.backend import Failure, GraphCompiler
-from lsync_compile.compiled import is_pipeline
+from lsync_compile.compiled import attribute_at, is_pipeline
 from lsync_compile.errors import OptionError
 from lsync_compile.graph.census import Census, census
 from lsync_compile.graph.skips import skip_joins
@@ -167,9 +167,7 @@ def _modules(obj: Any, example_inputs: Any) -> list[tuple[str, nn.Module, Any]]:
         )
     found = []
     for role, inputs in example_inputs.items():
-        module: Any = obj
-        for name in role.split("."):
-            module = getattr(module, name, None)
+        module = attribute_at(obj, role)
         if not isinstance(module, nn.Module):
             raise OptionError(f"example_inputs: the pipeline has no module {role!r}")
         found.append((role, module, inputs))
