@@ -29,6 +29,8 @@ from lsync_compile.media.faces import Face, Frame, Points, usable
 
 _CELL, _STRIDE = 12, 2
 _PYRAMID_STEP = 0.709
+# Neighbouring sizes searched together: a face that falls between two is then seen in both.
+_GROUP = 2
 _REFINE_SIZE, _OUTPUT_SIZE = 24, 48
 # Overlap above which the weaker of two boxes is dropped: within a scale, across scales, at the end.
 _OVERLAP_SCALE, _OVERLAP, _OVERLAP_FINAL = 0.5, 0.7, 0.7
@@ -37,8 +39,10 @@ _MIN_FACE_SHARE, _MIN_FACE = 0.055, 20
 # What a candidate must score in each of the three networks.
 _PROPOSE_SCORE, _REFINE_SCORE, _OUTPUT_SCORE = 0.7, 0.7, 0.7
 # Crops of a second look: their side in units of the larger of eye distance and eye-to-mouth
-# distance, and their shift in units of their side.
-_FACE_SIDE, _SPREAD = 2.6, 0.06
+# distance, and their shifts in units of their side.
+_FACE_SIDE = 2.6
+_CENTRE = np.zeros((1, 2))
+_AROUND = 0.06 * np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), axis=-1).reshape(-1, 2)
 # Where LatentSync's points lie, measured on aligned faces: the brows above the eyes by this share
 # of the distance from mouth to eyes; the centre of the nose (lower bridge, tip and wings together)
 # above its tip by this share of the distance from tip to eyes.
@@ -82,15 +86,32 @@ class MtcnnDetector:
     def detect(self, frame: Frame) -> Face | None:
         """The largest usable face of an RGB frame (H, W, 3) uint8, or None."""
         levels = _Halves(frame)
-        for face in usable(self._candidates(levels), levels.height, levels.width):
-            confirmed = self._look_again(levels, face)
-            if confirmed.score >= self._min_score:
-                return confirmed
+        for sizes in self._searches(levels):
+            for face in usable(self._candidates(levels, sizes), levels.height, levels.width):
+                confirmed = self._look_again(levels, face)
+                if confirmed.score >= self._min_score:
+                    return confirmed
         return None
 
-    def _candidates(self, levels: _Halves) -> list[Face]:
+    def _searches(self, levels: _Halves) -> list[list[tuple[int, int]]]:
+        """Picture sizes to search, smallest picture and so largest faces first, in small groups.
+
+        The largest face is wanted, so the costly large pictures are searched only where the small
+        ones show no face.
+        """
+        short = min(levels.height, levels.width)
+        min_face = self._min_face or max(_MIN_FACE, round(_MIN_FACE_SHARE * short))
+        scale = min(1.0, _CELL / min_face)
+        sizes = []
+        while short * scale >= _CELL:
+            sizes.append((round(levels.width * scale), round(levels.height * scale)))
+            scale *= _PYRAMID_STEP
+        sizes.reverse()
+        return [sizes[i : i + _GROUP] for i in range(0, len(sizes), _GROUP)]
+
+    def _candidates(self, levels: _Halves, sizes: list[tuple[int, int]]) -> list[Face]:
         """What the plain cascade takes for faces."""
-        candidates = self._refined(levels, self._proposals(levels))
+        candidates = self._refined(levels, self._proposals(levels, sizes))
         if len(candidates.scores) == 0:
             return []
         boxes, points, scores = self._look(levels, _square(candidates.boxes))
@@ -101,20 +122,15 @@ class MtcnnDetector:
             Face(boxes[i], points[i], brows_and_nose(points[i]), float(scores[i])) for i in order
         ]
 
-    def _proposals(self, levels: _Halves) -> _Candidates:
-        """First network: candidates from a pyramid of small pictures."""
-        height, width = levels.height, levels.width
-        short = min(height, width)
-        min_face = self._min_face or max(_MIN_FACE, round(_MIN_FACE_SHARE * short))
-        scale = min(1.0, _CELL / min_face)
+    def _proposals(self, levels: _Halves, sizes: list[tuple[int, int]]) -> _Candidates:
+        """First network on the frame in several sizes: many candidates."""
         found = []
-        while short * scale >= _CELL:
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        for size in sizes:
             self._propose.setInput(_network_input(levels.resized(*size)[None]))
             offsets, scores = self._propose.forward(["conv2d_4", "softmax"])
             columns, rows = np.nonzero(scores[0, :, :, 1] >= _PROPOSE_SCORE)
             if len(columns):
-                ratio = np.array([width / size[0], height / size[1]] * 2)
+                ratio = np.array([levels.width / size[0], levels.height / size[1]] * 2)
                 corners = np.stack([columns, rows, columns, rows], axis=1) * _STRIDE
                 boxes = (corners + np.array([0, 0, _CELL, _CELL])) * ratio
                 level = _Candidates(
@@ -122,7 +138,6 @@ class MtcnnDetector:
                     scores[0, columns, rows, 1].astype(np.float64),
                 )
                 found.append(level.take(_suppress(level, _OVERLAP_SCALE)))
-            scale *= _PYRAMID_STEP
         if not found:
             return _Candidates(np.empty((0, 4)), np.empty(0))
         merged = _Candidates(
@@ -168,16 +183,17 @@ class MtcnnDetector:
 
     def _look_again(self, levels: _Halves, face: Face) -> Face:
         """The mean of what shifted and mirrored crops around a face show."""
-        # A square placed by the landmarks and not by the box: the box follows the search grid.
-        left, right, _, *mouth = face.points
-        eyes, lips = (left + right) / 2, (mouth[0] + mouth[1]) / 2
-        side = _FACE_SIDE * max(np.linalg.norm(lips - eyes), np.linalg.norm(right - left))
-        shifts = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), axis=-1).reshape(-1, 2)
-        corners = (eyes + lips - side) / 2 + shifts * _SPREAD * side
-        squares = np.concatenate([corners, corners + side], axis=1)
-        box, points, score = (
-            look.mean(axis=0) for look in self._look(levels, squares, mirror=True)
-        )
+        # Placed by the landmarks and not by the box, which follows the search grid; and in two
+        # rounds, so that little is left of where the search happened to find the face.
+        box, points, score = face.box, face.points, face.score
+        for shifts in (_CENTRE, _AROUND):
+            eyes, lips = points[:2].mean(axis=0), points[3:].mean(axis=0)
+            span = max(np.linalg.norm(lips - eyes), np.linalg.norm(points[1] - points[0]))
+            side = _FACE_SIDE * span
+            corners = (eyes + lips - side) / 2 + shifts * side
+            squares = np.concatenate([corners, corners + side], axis=1)
+            looks = self._look(levels, squares, mirror=True)
+            box, points, score = (look.mean(axis=0) for look in looks)
         return Face(box, points, brows_and_nose(points), float(score))
 
 
