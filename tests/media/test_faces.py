@@ -191,6 +191,30 @@ def test_a_small_square_clip_works(detector, frames):
     assert detected(detector, close).score > 0.99
 
 
+@pytest.mark.parametrize("big_left", [True, False])
+def test_the_larger_of_two_people_is_chosen(detector, frames, big_left):
+    frame = frames[0]
+    box = detected(detector, frame).box
+    x, y, side = int(box[0]) - 80, int(box[1]) - 60, int(box[3] - box[1]) + 120
+    person = frame[y : y + side, x : x + side]
+    scene = np.full((480, 960, 3), 90, dtype=np.uint8)
+    for size, left in ((420, big_left), (230, not big_left)):
+        place = 30 if left else 500
+        scene[20 : 20 + size, place : place + size] = cv2.resize(person, (size, size))
+    centre = detected(detector, scene).points.mean(axis=0)
+    assert (centre[0] < 480) == big_left
+    assert centre[1] > 150
+
+
+def test_search_goes_from_small_pictures_to_large_ones(detector):
+    groups = detector._searches(mtcnn._Halves(np.zeros((1920, 1080, 3), dtype=np.uint8)))
+    widths = [width for group in groups for width, _ in group]
+    assert widths == sorted(widths)
+    assert widths[0] < 20
+    # A face of 5.5 % of the short side is 12 pixels wide in the largest picture.
+    assert widths[-1] * 0.055 == pytest.approx(12, rel=0.02)
+
+
 def test_a_face_at_the_edge_is_found_with_its_box_beyond(detector, frames):
     frame = frames[0]
     box = detected(detector, frame).box

@@ -258,6 +258,35 @@ def test_full_range_is_read_as_such(tmp_path):
     assert np.abs(shown - bars())[8:-8, 16::32].max() <= 4
 
 
+def test_ten_bits_are_read(tmp_path):
+    path = tmp_path / "ten.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(
+            "libx265", rate=25, options={"crf": "1", "x265-params": "log-level=none"}
+        )
+        stream.width, stream.height, stream.pix_fmt = 256, 64, "yuv420p10le"
+        stream.codec_context.colorspace = stream.codec_context.color_primaries = 1
+        frame = av.VideoFrame.from_ndarray(bars(), format="rgb24")
+        container.mux(stream.encode(frame.reformat(format="yuv420p10le", dst_colorspace=1)))
+        container.mux(stream.encode(None))
+    shown = next(read_frames(path))
+    assert shown.dtype == np.uint8
+    assert np.abs(shown.astype(int) - bars())[8:-8, 16::32].max() <= 4
+
+
+@pytest.mark.parametrize("size", [(129, 65), (131, 64)])
+def test_odd_sizes_are_read_as_they_are(tmp_path, size):
+    path = tmp_path / "odd.mkv"
+    picture = numbered_picture(77, *size)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = *size, "bgr0"
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        container.mux(stream.encode(frame.reformat(format="bgr0")))
+        container.mux(stream.encode(None))
+    assert np.array_equal(next(read_frames(path)), picture)
+
+
 def test_conversion_has_no_bias(tmp_path):
     # The default conversion of FFmpeg's scaler is one level too dark.
     grey = np.full((64, 64, 3), 128, dtype=np.uint8)
