@@ -81,6 +81,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[2, 1],
+        choices=[2, 1],
+        help="2 with guidance, 1 without; each is a compilation of its own",
+    )
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=RESULTS / "unet_step.json")
     arguments = parser.parse_args()
@@ -96,7 +104,7 @@ def main() -> None:
     flops: dict[int, float] = {}
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with torch.no_grad():
-        for batch in (2, 1):
+        for batch in arguments.batches:
             inputs = random_inputs(config, arguments.frames, batch, device, dtype)
             wide = {
                 name: value.float() if value.is_floating_point() else value
@@ -112,7 +120,7 @@ def main() -> None:
         settings = VARIANTS[variant]
         torch._dynamo.reset()
         call: Callable[..., Any] = unet if settings is None else torch.compile(unet, **settings)
-        for batch in (2, 1):
+        for batch in arguments.batches:
             inputs = random_inputs(config, arguments.frames, batch, device, dtype)
             with torch.no_grad():
                 begin = time.perf_counter()
