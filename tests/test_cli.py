@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lsync_compile.media.video import read_frames
 
@@ -86,7 +87,9 @@ def test_no_compile_runs_the_plain_pipeline_with_the_same_frames(
     lsync("sync", clip, speech, "-o", tmp_path / "plain.mp4", "--no-compile", *SHORT)
     lsync("sync", clip, speech, "-o", tmp_path / "eager.mp4", "--lowering", "eager", *SHORT)
     plain, eager = (list(read_frames(tmp_path / name)) for name in ("plain.mp4", "eager.mp4"))
-    assert all((a == b).all() for a, b in zip(plain, eager, strict=True))
+    # Equal before the encoder (tests/test_pipeline_compiled.py); x264's threads may differ after.
+    for a, b in zip(plain, eager, strict=True):
+        assert np.abs(a.astype(int) - b.astype(int)).mean() < 1
 
 
 @pytest.mark.parametrize(
