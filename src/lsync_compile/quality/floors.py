@@ -121,8 +121,8 @@ def codec_floor(run: Run, detector: FaceDetector, *, crf: int = CRF) -> Floor:
     return Floor(
         f"floor: x264 crf {crf}",
         {
-            "mouth": score(after, before, region=run.mask < 0.5, valid=has_face),
-            "frame": score(decoded, run.frames),
+            "mouth": score(after, before, region=run.mask < 0.5, valid=has_face, starts=run.starts),
+            "frame": score(decoded, run.frames, starts=run.starts),
         },
     )
 

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,8 @@ def squared_error(candidate: Tensor, reference: Tensor, region: Tensor | None = 
     Raises:
         ValueError: shapes differ, are no clip's, or the region is empty.
     """
-    weight = _weight(candidate, reference, region)
-    errors = [
-        _mean((_picture(c) - _picture(r)) ** 2, weight)
-        for c, r in zip(candidate, reference, strict=True)
-    ]
+    pair = _focus(candidate, reference, region)
+    errors = [_mean((c - r) ** 2, pair.weight) for c, r in pair]
     return torch.tensor(errors, dtype=torch.float64)
 
 
@@ -105,18 +103,11 @@ def ssim(candidate: Tensor, reference: Tensor, region: Tensor | None = None) -> 
     Raises:
         ValueError: as `squared_error`, or the frames are smaller than the window.
     """
-    weight = _weight(candidate, reference, region)
+    pair = _focus(candidate, reference, region, margin=_TAPS - 1)
     if min(candidate.shape[-2:]) < _TAPS:
         raise ValueError(f"SSIM needs frames of at least {_TAPS} x {_TAPS} pixels")
-    values = []
-    for c, r in zip(candidate, reference, strict=True):
-        a, b = _picture(c), _picture(r)
-        loss = np.zeros_like(a)
-        box = _changed_box(a, b, margin=_TAPS - 1)
-        if box is not None:
-            loss[box] = 1 - _structure(a[box], b[box])[0]
-        values.append(1 - _mean(loss, weight))
-    return torch.tensor(values, dtype=torch.float64)
+    losses = [_mean(1 - _structure(c, r)[0], pair.weight) for c, r in pair]
+    return 1 - torch.tensor(losses, dtype=torch.float64)
 
 
 def ms_ssim(candidate: Tensor, reference: Tensor) -> Tensor:
@@ -128,13 +119,13 @@ def ms_ssim(candidate: Tensor, reference: Tensor) -> Tensor:
     Raises:
         ValueError: shapes differ, or a side is below `MS_SSIM_MIN_SIDE`.
     """
-    _weight(candidate, reference, None)
     height, width = candidate.shape[-2:]
-    if min(height, width) < MS_SSIM_MIN_SIDE:
-        raise ValueError(ms_ssim_reason(height, width))
-    values = [
-        _multiscale(_picture(c), _picture(r)) for c, r in zip(candidate, reference, strict=True)
-    ]
+    if reason := ms_ssim_reason(height, width):
+        raise ValueError(reason)
+    coarsest = 2 ** (len(_SCALES) - 1)
+    margin = (_TAPS - 1) * coarsest
+    pair = _focus(candidate, reference, None, margin=margin, multiple=coarsest)
+    values = [_multiscale(c, r, height, width) for c, r in pair]
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -154,10 +145,10 @@ def flicker(candidate: Tensor, reference: Tensor, region: Tensor | None = None) 
     Raises:
         ValueError: as `squared_error`.
     """
-    weight = _weight(candidate, reference, region)
-    errors = (_picture(c) - _picture(r) for c, r in zip(candidate, reference, strict=True))
+    pair = _focus(candidate, reference, region)
+    errors = (c - r for c, r in pair)
     values = [
-        255 * math.sqrt(_mean((now - before) ** 2, weight))
+        255 * math.sqrt(_mean((now - before) ** 2, pair.weight))
         for before, now in itertools.pairwise(errors)
     ]
     return torch.tensor(values, dtype=torch.float64)
@@ -242,21 +233,75 @@ def bounding_box(region: Tensor) -> tuple[slice, slice]:
     )
 
 
-def _weight(candidate: Tensor, reference: Tensor, region: Tensor | None) -> Array | None:
-    """The region as (H, W, 1) weights that sum to one; checks the shapes on the way."""
+@dataclass(frozen=True)
+class _Pair:
+    """Two clips cut to where they may differ; gives their frames (h, w, 3) in float64.
+
+    Attributes:
+        candidate: (F, 3, h, w).
+        reference: (F, 3, h, w).
+        weight: (h, w, 1), what a pixel counts; sums to one over the uncut frame.
+    """
+
+    candidate: Tensor
+    reference: Tensor
+    weight: Array
+
+    def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        for c, r in zip(self.candidate, self.reference, strict=True):
+            yield _picture(c), _picture(r)
+
+
+def _focus(
+    candidate: Tensor,
+    reference: Tensor,
+    region: Tensor | None,
+    margin: int = 0,
+    multiple: int = 1,
+) -> _Pair:
+    """Check two clips and a region, and cut all to the box around what differs.
+
+    Most of a synced frame is the original. Where no window sees a difference there is no loss, so
+    nothing has to be computed there.
+
+    Args:
+        candidate: (F, 3, H, W).
+        reference: (F, 3, H, W).
+        region: which pixels count; None is all.
+        margin: how far around a difference its effect reaches, in pixels.
+        multiple: the box begins and ends on multiples of this, or at the frame's border.
+    """
     if candidate.shape != reference.shape or candidate.ndim != 4 or candidate.shape[1] != 3:
         raise ValueError(
             f"expected two clips (F, 3, H, W), got {tuple(candidate.shape)} "
             f"and {tuple(reference.shape)}"
         )
+    weight = _weight(region, *candidate.shape[-2:])
+    different = torch.zeros(candidate.shape[-2:], dtype=torch.bool, device=candidate.device)
+    for c, r in zip(candidate, reference.to(candidate.device), strict=True):
+        different |= (c != r).any(dim=0)
+    if not different.any():
+        different[0, 0] = True  # some box, of a loss of zero
+    box = []
+    for span in bounding_box(different):
+        start = max(0, span.start - margin) // multiple * multiple
+        stop = span.stop + margin
+        box.append(slice(start, -(-stop // multiple) * multiple))
+    rows, columns = box
+    return _Pair(
+        candidate[..., rows, columns], reference[..., rows, columns], weight[rows, columns]
+    )
+
+
+def _weight(region: Tensor | None, height: int, width: int) -> Array:
     if region is None:
-        return None
-    if region.shape[-2:] != candidate.shape[-2:] or region.numel() != region.shape[-2:].numel():
-        raise ValueError(f"region {tuple(region.shape)} does not fit {tuple(candidate.shape)}")
-    inside = region.reshape(region.shape[-2:]).cpu().double().numpy()
+        return np.broadcast_to(np.float64(1 / (height * width)), (height, width, 1))
+    if tuple(region.shape[-2:]) != (height, width) or region.numel() != height * width:
+        raise ValueError(f"region {tuple(region.shape)} does not fit {height} x {width} pixels")
+    inside = region.reshape(height, width, 1).cpu().double().numpy()
     if not inside.sum() > 0:
         raise ValueError("the region is empty")
-    weight: Array = (inside / inside.sum())[:, :, None]
+    weight: Array = inside / inside.sum()
     return weight
 
 
@@ -265,26 +310,8 @@ def _picture(frame: Tensor) -> Array:
     return np.ascontiguousarray(frame.detach().cpu().double().numpy().transpose(1, 2, 0))
 
 
-def _mean(values: Array, weight: Array | None) -> float:
-    return float(values.mean() if weight is None else (values * weight).sum() / 3)
-
-
-def _changed_box(a: Array, b: Array, margin: int, multiple: int = 1) -> tuple[slice, ...] | None:
-    """The box of pixels that differ and ``margin`` around it, on a grid; None if none differs.
-
-    Most of a synced frame is the original. Windows that see no difference have similarity 1, so
-    nothing has to be computed there.
-    """
-    different = (a != b).any(axis=2)
-    box = []
-    for axis in (1, 0):
-        places = np.flatnonzero(different.any(axis=axis))
-        if len(places) == 0:
-            return None
-        start = max(0, int(places[0]) - margin) // multiple * multiple
-        stop = -(-(int(places[-1]) + 1 + margin) // multiple) * multiple
-        box.append(slice(start, stop))
-    return tuple(box)
+def _mean(values: Array, weight: Array) -> float:
+    return float((values * weight).sum() / 3)
 
 
 def _blur(values: Array) -> Array:
@@ -306,19 +333,12 @@ def _structure(a: Array, b: Array) -> tuple[Array, Array]:
     return luminance * contrast, contrast
 
 
-def _multiscale(a: Array, b: Array) -> float:
-    coarsest = 2 ** (len(_SCALES) - 1)
-    height, width = a.shape[:2]
-    box = _changed_box(a, b, margin=(_TAPS - 1) * coarsest, multiple=coarsest)
-    if box is None:
-        return 1.0
-    a, b = a[box], b[box]
+def _multiscale(a: Array, b: Array, height: int, width: int) -> float:
+    """Product over the scales. Outside a and b, which are parts of larger frames, all is equal."""
     value = 1.0
     for scale, exponent in enumerate(_SCALES):
         similarity, contrast = _structure(a, b)
-        last = scale == len(_SCALES) - 1
-        loss = 1 - (similarity if last else contrast)
-        # What lies outside the box has no loss.
+        loss = 1 - (similarity if scale == len(_SCALES) - 1 else contrast)
         mean = 1 - loss.sum() / (3 * height * width)
         value *= max(float(mean), 0.0) ** exponent
         a, b = _halve(a), _halve(b)

@@ -136,7 +136,8 @@ def _cards(study: Study) -> list[tuple[str, str, str]]:
 
 def _sync_words(offset: int, chance: float) -> str:
     side = "with no offset" if offset == 0 else f"at {offset:+d} frames"
-    return f"correlation of mouth and sound {side}, chance {number(chance, 2)}"
+    words = f"correlation of mouth and sound {side}"
+    return words if math.isnan(chance) else f"{words}, chance {number(chance, 2)}"
 
 
 def _psnr_plot(study: Study, base: Run) -> str:

@@ -14,8 +14,8 @@ from lsync_compile.quality.footage import Footage
 from lsync_compile.quality.metrics import Measure
 from lsync_compile.quality.runs import Run
 
-# Frames that are in memory at once; the measures walk over a clip in such pieces.
-_PIECE = 8
+# Whole frames are large, and mostly the original: the costly measures take so many of a clip.
+SAMPLED = 16
 MEASURES = ("psnr", "worst_psnr", "ssim", "ms_ssim", "lpips", "flicker", "seams")
 
 
@@ -26,9 +26,9 @@ class Scores:
     Attributes:
         psnr: dB, from the mean squared error of all frames.
         worst_psnr: dB of the worst frame, whose number is in the note.
-        ssim: mean over the frames.
-        ms_ssim: mean over the frames, over the region's bounding box.
-        lpips: mean over the frames, over the region's bounding box.
+        ssim: mean over the frames; of a long clip's whole frames, over 16 evenly spread ones.
+        ms_ssim: as `ssim`, over the region's bounding box.
+        lpips: as `ssim`, over the region's bounding box.
         flicker: root mean square error of frame differences, 8-bit levels.
         seams: flicker at chunk borders over flicker elsewhere.
         frames_psnr: dB of each frame of the clip; NaN where it was left out.
@@ -77,20 +77,21 @@ def score(
     if not counted.any():
         empty = dict.fromkeys(MEASURES, Measure.missing("no frame to compare"))
         return Scores(**empty, frames_psnr=[math.nan] * count)
-    errors, similarities, multiscale, perceptual, steps = _walk(candidate, reference, region)
+    errors, steps = _pixels(candidate, reference, region)
     frames_psnr = (-10 * torch.log10(errors)).masked_fill(~counted, math.nan)
     both = counted[1:] & counted[:-1]
     at_border = torch.zeros(count, dtype=torch.bool)
     at_border[[start for start in starts or [] if start > 0]] = True
+    places = counted.nonzero().flatten()
+    if region is None and len(places) > SAMPLED:
+        places = places[torch.linspace(0, len(places) - 1, SAMPLED).round().long()]
     return Scores(
         psnr=metrics.pooled_psnr(errors[counted]),
         worst_psnr=_worst(frames_psnr),
-        ssim=Measure(similarities[counted].mean().item()),
-        ms_ssim=_mean_of(multiscale, counted),
-        lpips=_mean_of(perceptual, counted),
         flicker=metrics.rms(steps[both]),
         seams=metrics.seams(steps[both], at_border[1:][both]),
         frames_psnr=frames_psnr.tolist(),
+        **_structure(candidate, reference, region, places.tolist()),
     )
 
 
@@ -107,44 +108,46 @@ def mouth_region(run: Run) -> dict[str, Any]:
     return {"region": run.mask < 0.5, "valid": run.has_face, "starts": run.starts}
 
 
-def _walk(
-    candidate: Footage, reference: Footage, region: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | str, Tensor | str, Tensor]:
-    """Each measure for each frame (F,), or why it is missing; flicker for each step (F - 1,)."""
+def _pixels(candidate: Footage, reference: Footage, region: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Squared error of each frame (F,), flicker of each step from a frame to the next (F - 1,)."""
+    errors, steps = [], []
+    before: tuple[Tensor, Tensor] | None = None
+    for ours, theirs in zip(candidate.pieces(), reference.pieces(), strict=True):
+        errors.append(metrics.squared_error(ours, theirs, region))
+        # With the last frame before the piece, or no step between pieces would count.
+        joined = (ours, theirs) if before is None else _join(before, (ours, theirs))
+        steps.append(metrics.flicker(*joined, region))
+        before = ours[-1:], theirs[-1:]
+    return torch.cat(errors), torch.cat(steps)
+
+
+def _join(before: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.cat([before[0], now[0]]), torch.cat([before[1], now[1]])
+
+
+def _structure(
+    candidate: Footage, reference: Footage, region: Tensor | None, places: list[int]
+) -> dict[str, Measure]:
+    """The costly measures, as means over some frames."""
     whole = torch.ones(1, *reference.size, dtype=torch.bool)
     rows, columns = metrics.bounding_box(whole if region is None else region)
-    no_multiscale = metrics.ms_ssim_reason(rows.stop - rows.start, columns.stop - columns.start)
+    too_small = metrics.ms_ssim_reason(rows.stop - rows.start, columns.stop - columns.start)
     no_lpips = metrics.lpips_reason()
     lpips = None if no_lpips else metrics.Lpips()
-    errors, similarities, multiscale, perceptual, steps = [], [], [], [], []
-    for start in range(0, len(reference), _PIECE):
-        stop = min(start + _PIECE, len(reference))
-        ours, theirs = candidate.clip(start, stop), reference.clip(start, stop)
-        errors.append(metrics.squared_error(ours, theirs, region))
-        similarities.append(metrics.ssim(ours, theirs, region))
+    values: dict[str, list[Tensor]] = {"ssim": [], "ms_ssim": [], "lpips": []}
+    for place in places:
+        ours, theirs = (footage.clip(place, place + 1) for footage in (candidate, reference))
+        values["ssim"].append(metrics.ssim(ours, theirs, region))
         boxed = ours[..., rows, columns], theirs[..., rows, columns]
-        if not no_multiscale:
-            multiscale.append(metrics.ms_ssim(*boxed))
+        if not too_small:
+            values["ms_ssim"].append(metrics.ms_ssim(*boxed))
         if lpips is not None:
-            perceptual.append(lpips(*boxed))
-        # From the last frame of the piece before on, or no step between pieces would count.
-        before = max(0, start - 1)
-        steps.append(
-            metrics.flicker(candidate.clip(before, stop), reference.clip(before, stop), region)
-        )
-    return (
-        torch.cat(errors),
-        torch.cat(similarities),
-        no_multiscale or torch.cat(multiscale),
-        no_lpips or torch.cat(perceptual),
-        torch.cat(steps),
-    )
-
-
-def _mean_of(values: Tensor | str, counted: Tensor) -> Measure:
-    if isinstance(values, str):
-        return Measure.missing(values)
-    return Measure(values[counted].mean().item())
+            values["lpips"].append(lpips(*boxed))
+    reasons = {"ms_ssim": too_small, "lpips": no_lpips}
+    return {
+        name: Measure(torch.cat(found).mean().item()) if found else Measure.missing(reasons[name])
+        for name, found in values.items()
+    }
 
 
 def _worst(frames_psnr: Tensor) -> Measure:

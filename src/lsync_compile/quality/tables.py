@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 
 from lsync_compile.quality.compare import Result, Study
 from lsync_compile.quality.metrics import Measure
-from lsync_compile.quality.scores import MEASURES, Scores
+from lsync_compile.quality.scores import MEASURES, SAMPLED, Scores
 from lsync_compile.quality.sync import Sync
 
 # Heading and digits after the point of each measure.
@@ -55,13 +55,19 @@ def study_tables(study: Study) -> list[Table]:
     tables = [_speed_table(study)]
     for region, title in _REGIONS.items():
         rows = {row: scores[region] for row, scores in (against_reference | floors).items()}
-        tables.append(_scores_table(f"{title} against {name}", rows, set(floors)))
+        tables.append(
+            _scores_table(f"{title} against {name}", rows, set(floors), sampled=region == "frame")
+        )
     if study.clip.has_truth:
         for region, title in _REGIONS.items():
             rows = {row: scores[region] for row, scores in against_original.items()}
-            tables.append(_scores_table(f"{title} against the original", rows, {name}))
+            tables.append(
+                _scores_table(
+                    f"{title} against the original", rows, {name}, sampled=region == "frame"
+                )
+            )
     tables.append(_sync_table(study))
-    return tables
+    return [table for table in tables if table.rows]
 
 
 def print_tables(study: Study, console: Console) -> None:
@@ -110,7 +116,7 @@ def _speed_row(result: Result, base: Result) -> list[str]:
     ]
 
 
-def _scores_table(title: str, rows: dict[str, Scores], faint: set[str]) -> Table:
+def _scores_table(title: str, rows: dict[str, Scores], faint: set[str], *, sampled: bool) -> Table:
     notes: dict[str, None] = {}
     cells = []
     for name, scores in rows.items():
@@ -119,6 +125,8 @@ def _scores_table(title: str, rows: dict[str, Scores], faint: set[str]) -> Table
         for key, measure in measures.items():
             if math.isnan(measure.value) and measure.note:
                 notes[f"{_HEADINGS[key][0]}: {measure.note}"] = None
+    if sampled and any(len(scores.frames_psnr) > SAMPLED for scores in rows.values()):
+        notes[f"SSIM, MS-SSIM and LPIPS: of {SAMPLED} frames, evenly spread"] = None
     headings = ["", *(_HEADINGS[key][0] for key in MEASURES)]
     return Table(title, headings, cells, faint, list(notes))
 
