@@ -15,6 +15,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -88,6 +89,14 @@ def pareto(results: list[Result]) -> set[str]:
     }
 
 
+def without_series(value: Any) -> Any:
+    """The answer without what it says for every frame: results are committed."""
+    if isinstance(value, dict):
+        series = ("frames_psnr", "opening")
+        return {key: without_series(inner) for key, inner in value.items() if key not in series}
+    return [without_series(inner) for inner in value] if isinstance(value, list) else value
+
+
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -144,7 +153,7 @@ def main() -> None:
         "benchmark": "few_steps",
         "checkpoint": Path(arguments.checkpoint).name,
         "pareto": sorted(pareto(study.candidates)),
-        **study.to_dict(),
+        **without_series(study.to_dict()),
         # Names and not paths: results are committed.
         "video": clip.video.name,
         "audio": clip.audio.name if clip.audio else None,
