@@ -228,6 +228,31 @@ def test_lpips_never_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: object
     assert "no AlexNet weights at" in metrics.lpips_reason()
 
 
+def test_lpips_is_zero_for_equal_frames_and_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torchmetrics' own head on an AlexNet of random weights, as nothing is downloaded."""
+    pytest.importorskip("torchmetrics")
+    from torch import nn
+    from torchmetrics.functional.image import lpips
+    from torchmetrics.image import lpip
+
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2)]
+    layers += [nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)]
+    for channels in ((192, 384), (384, 256), (256, 256)):
+        layers += [nn.Conv2d(*channels, 3, padding=1), nn.ReLU()]
+    monkeypatch.setattr(lpips, "_get_tv_model_features", lambda *args: nn.Sequential(*layers))
+    monkeypatch.setattr(lpip, "_TORCHVISION_AVAILABLE", True)
+    monkeypatch.setattr(metrics, "lpips_reason", lambda: "")
+    _, reference = noisy_pair(frames=2, height=64, width=80)
+    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(2)).double()
+    measure = metrics.Lpips()
+    assert measure(reference, reference).tolist() == [0.0, 0.0]
+    little, much = (measure((reference + a * noise).clamp(0, 1), reference) for a in (0.01, 0.2))
+    assert little.shape == (2,)
+    assert (little > 0).all()
+    assert (little < much).all()
+
+
 def test_a_missing_extra_is_named() -> None:
     with pytest.raises(
         MissingExtraError, match=r"no_such_package is not.*lsync-compile\[quality\]"
