@@ -57,8 +57,6 @@ def _add_layer_norm(
     column = tl.arange(0, PADDED)
     across = column < CHANNELS
     inside = (first + row < rows) & across[None, :]
-    weight = tl.load(weight_ptr + column, across, 0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, across, 0.0).to(tl.float32)
 
     x_at = x_ptr + first * stride_x + (row * stride_x + column[None, :])
     residual_at = residual_ptr + first * stride_residual + (row * stride_residual + column[None, :])
@@ -72,6 +70,8 @@ def _add_layer_norm(
     mean = tl.sum(total, 1)[:, None] / CHANNELS
     centred = tl.where(across[None, :], total - mean, 0.0)
     variance = tl.sum(centred * centred, 1)[:, None] / CHANNELS
+    weight = tl.load(weight_ptr + column, across, 0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, across, 0.0).to(tl.float32)
     normed = centred * tl.rsqrt(variance + eps) * weight[None, :] + bias[None, :]
     if position_ptr is not None:
         frame = (tl.program_id(0) * ROWS + row) // tokens % frames
@@ -85,12 +85,11 @@ def add_layer_norm_kernel(
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
-    eps: float,
-    position: Tensor | None,
-    total: Tensor,
-    normed: Tensor,
-) -> None:
-    """Launch the kernel: write the sum and its norm to the contiguous ``total``, ``normed``."""
+    eps: float = 1e-5,
+    position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel on arguments that `add_layer_norm` accepts."""
+    total, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     channels = x.shape[-1]
     tokens = x.shape[-2] if x.dim() > 1 else 1
     flat, flat_residual = (_rows(t, channels) for t in (x, residual))
@@ -104,6 +103,7 @@ def add_layer_norm_kernel(
         CHANNELS=channels,
         PADDED=1 << (channels - 1).bit_length(),
     )  # fmt: skip
+    return total, normed
 
 
 def _rows(x: Tensor, channels: int) -> Tensor:
@@ -160,16 +160,12 @@ def add_layer_norm(
         OptionError: shapes or dtypes that do not fit each other, or more than 8192 channels.
     """
     _check(x, residual, weight, bias, position)
-    if not runs_kernel(x):
-        total, normed = add_layer_norm_reference(
-            x, residual, weight.to(x.dtype), bias.to(x.dtype), eps,
-            None if position is None else position.to(x.dtype),
-        )  # fmt: skip
-        return total.contiguous(), normed.contiguous()
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    add_layer_norm_kernel(x, residual, weight, bias, eps, position, total, normed)
-    return total, normed
+    if runs_kernel(x):
+        return add_layer_norm_kernel(x, residual, weight, bias, eps, position)
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    position = None if position is None else position.to(x.dtype)
+    total, normed = add_layer_norm_reference(x, residual, weight, bias, eps, position)
+    return total.contiguous(), normed.contiguous()
 
 
 @add_layer_norm.register_fake
@@ -219,6 +215,7 @@ SPEC = register(
         name="add_layer_norm",
         summary="Residual sum and its layer norm, with the frame's encoding if wanted",
         op=add_layer_norm,
+        kernel=add_layer_norm_kernel,
         reference=add_layer_norm_reference,
         source="Ba et al. (2016), https://arxiv.org/abs/1607.06450",
         tolerances={

@@ -65,8 +65,9 @@ def _geglu(
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), inside)
 
 
-def geglu_kernel(x: Tensor, out: Tensor) -> None:
-    """Launch the kernel: write ``geglu(x)`` to the contiguous ``out``."""
+def geglu_kernel(x: Tensor) -> Tensor:
+    """Launch the kernel on arguments that `geglu` accepts."""
+    out = torch.empty(_shape(x), dtype=x.dtype, device=x.device)
     columns = out.shape[-1]
     flat = x.reshape(-1, 2 * columns)
     if flat.stride(1) != 1:
@@ -76,6 +77,7 @@ def geglu_kernel(x: Tensor, out: Tensor) -> None:
         lambda blocks: (-(-columns // blocks["COLUMNS"]) * -(-rows // blocks["ROWS"]),),
         flat, out, rows, columns, flat.stride(0),
     )  # fmt: skip
+    return out
 
 
 def geglu_reference(x: Tensor) -> Tensor:
@@ -97,12 +99,8 @@ def geglu(x: Tensor) -> Tensor:
     Raises:
         OptionError: an odd number of channels.
     """
-    shape = _shape(x)
-    if not runs_kernel(x):
-        return geglu_reference(x).contiguous()
-    out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    geglu_kernel(x, out)
-    return out
+    _shape(x)
+    return geglu_kernel(x) if runs_kernel(x) else geglu_reference(x).contiguous()
 
 
 @geglu.register_fake
@@ -121,6 +119,7 @@ SPEC = register(
         name="geglu",
         summary="`x * gelu(gate)` of the halves of the last dimension, gelu with erf",
         op=geglu,
+        kernel=geglu_kernel,
         reference=geglu_reference,
         source="Shazeer (2020), https://arxiv.org/abs/2002.05202",
         tolerances={

@@ -25,7 +25,7 @@ def _fits(config: Config, arguments: Mapping[str, Any]) -> bool:
 
 
 @kernel(
-    [Config({}, warps=4), Config({}, warps=8)],
+    [Config({}, warps=4), Config({}, warps=8), Config({}, warps=16)],
     key=("positions", "CHANNELS", "x_stride_c", "SILU"),
     fits=_fits,
 )

@@ -29,20 +29,17 @@ def group_norm_silu_kernel(
     groups: int,
     weight: Tensor,
     bias: Tensor,
-    eps: float,
-    silu: bool,
-    shift: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Launch the kernels: write the norm of ``x (+ shift)`` to ``out``, of any strides."""
+    eps: float = 1e-5,
+    silu: bool = True,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """Launch the kernels on arguments that `group_norm_silu` accepts."""
     images, channels = x.shape[:2]
+    out = torch.empty_like(x)
     folded = _fold(x, out)
     if len(folded) > 2:
         x = x.contiguous()
-        dense = torch.empty_like(x)
-        group_norm_silu_kernel(x, groups, weight, bias, eps, silu, shift, dense)
-        out.copy_(dense)
-        return
+        return out.copy_(group_norm_silu_kernel(x, groups, weight, bias, eps, silu, shift))
     (outer, x_f, out_f), (positions, x_p, out_p) = [(1, 0, 0), (1, 0, 0), *folded][-2:]
     x_n, x_c, out_n, out_c = *x.stride()[:2], *out.stride()[:2]
     weight, bias = weight.contiguous(), bias.contiguous()
@@ -57,7 +54,7 @@ def group_norm_silu_kernel(
             x_n, x_p, x_c, out_n, out_p, out_c, eps,
             CHANNELS=width, PADDED_POSITIONS=_power_of_two(positions), SILU=silu, **padded,
         )  # fmt: skip
-        return
+        return out
 
     # Lanes run along the dimension that lies together in memory.
     wanted = channels if x_c == 1 else max(8, 4096 // _power_of_two(positions))
@@ -85,6 +82,7 @@ def group_norm_silu_kernel(
         x_n, x_f, x_p, x_c, out_n, out_f, out_p, out_c,
         SILU=silu, BLOCK_C=block_c,
     )  # fmt: skip
+    return out
 
 
 def _power_of_two(n: int) -> int:
@@ -166,12 +164,10 @@ def group_norm_silu(
         OptionError: shapes that do not fit each other.
     """
     _check(x, groups, weight, bias, shift)
-    out = torch.empty_like(x)
     if runs_kernel(x):
-        group_norm_silu_kernel(x, groups, weight, bias, eps, silu, shift, out)
-    else:
-        out.copy_(group_norm_silu_reference(x, groups, weight, bias, eps, silu, shift))
-    return out
+        return group_norm_silu_kernel(x, groups, weight, bias, eps, silu, shift)
+    out = group_norm_silu_reference(x, groups, weight, bias, eps, silu, shift)
+    return torch.empty_like(x).copy_(out)
 
 
 @group_norm_silu.register_fake
@@ -212,6 +208,7 @@ SPEC = register(
         name="group_norm_silu",
         summary="Group norm over images or whole videos, SiLU after it if wanted",
         op=group_norm_silu,
+        kernel=group_norm_silu_kernel,
         reference=group_norm_silu_reference,
         source="Wu & He (2018), https://arxiv.org/abs/1803.08494",
         tolerances={

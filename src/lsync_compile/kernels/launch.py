@@ -38,6 +38,9 @@ __all__ = [
 
 INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 
+# Triton 3.10 changes the default, and 3.9 warns of it.
+OPTIONS: Mapping[str, Any] = {"enable_fp_fusion": True}
+
 Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
 
 
@@ -110,7 +113,7 @@ class Kernel:
         else:
             # Triton launches on the current device, torch on that of the tensors.
             with self._lock, torch.cuda.device_of(args[0]):
-                self._tuner[grid](*args, **constants)
+                self._tuner[grid](*args, **constants, **OPTIONS)
 
     @functools.cached_property
     def _tuner(self) -> Any:

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lsync_compile.kernels.launch import Config, Launch
+from lsync_compile.kernels.launch import OPTIONS, Config, Launch
 
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
@@ -74,7 +74,7 @@ def compile_sm90(launch: Launch, config: Config) -> Resources:
     compiled = triton.compile(
         ASTSource(jitted, signature, constants, attributes),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": config.warps, "num_stages": config.stages},
+        options={"num_warps": config.warps, "num_stages": config.stages, **OPTIONS},
     )
     usage, sass = _disassemble(compiled.asm["cubin"])
     match = re.search(r"REG:(\d+)", usage)

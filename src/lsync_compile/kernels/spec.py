@@ -35,6 +35,7 @@ class KernelSpec:
         name: the kernel's file, op, test and benchmark have the same.
         summary: one phrase for the table in the documentation.
         op: the public function, registered as ``torch.ops.lsync.<name>``.
+        kernel: host function that launches the kernels, with the op's arguments.
         reference: the same in plain torch, with the op's arguments.
         source: paper or code that defines the operation.
         tolerances: supported dtypes.
@@ -43,6 +44,7 @@ class KernelSpec:
     name: str
     summary: str
     op: Callable[..., Tensor | tuple[Tensor, ...]]
+    kernel: Callable[..., Tensor | tuple[Tensor, ...]]
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
     source: str
     tolerances: Mapping[torch.dtype, Tolerance]

@@ -95,15 +95,16 @@ def _temporal_attention(
 
 
 def temporal_attention_kernel(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, frames: int, heads: int, scale: float
-) -> None:
-    """Launch the kernel: write attention of ``q``, ``k``, ``v`` to the contiguous ``out``."""
+    q: Tensor, k: Tensor, v: Tensor, frames: int, heads: int, scale: float | None = None
+) -> Tensor:
+    """Launch the kernel on arguments that `temporal_attention` accepts."""
     total, tokens, channels = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     batch = total // frames
     _temporal_attention.launch(
         lambda blocks: (batch * -(-tokens * heads // blocks["ITEMS"]),),
-        q, k, v, out, tokens, scale,
+        q, k, v, out, tokens, (channels // heads) ** -0.5 if scale is None else scale,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         FRAMES=frames,
         PADDED=16 if frames <= 16 else 32,
@@ -112,6 +113,7 @@ def temporal_attention_kernel(
         # Tensor cores would round float32 operands to 10 bits otherwise.
         PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee",
     )  # fmt: skip
+    return out
 
 
 def temporal_attention_reference(
@@ -154,12 +156,9 @@ def temporal_attention(
         OptionError: shapes or dtypes that differ, or that frames and heads do not divide.
     """
     _check(q, k, v, frames, heads)
-    scale = (q.shape[2] // heads) ** -0.5 if scale is None else scale
-    if not runs_kernel(q):
-        return temporal_attention_reference(q, k, v, frames, heads, scale).contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    temporal_attention_kernel(q, k, v, out, frames, heads, scale)
-    return out
+    if runs_kernel(q):
+        return temporal_attention_kernel(q, k, v, frames, heads, scale)
+    return temporal_attention_reference(q, k, v, frames, heads, scale).contiguous()
 
 
 @temporal_attention.register_fake
@@ -194,6 +193,7 @@ SPEC = register(
         name="temporal_attention",
         summary="Attention over the frames of a chunk, in the `(b f) s c` layout",
         op=temporal_attention,
+        kernel=temporal_attention_kernel,
         reference=temporal_attention_reference,
         source="AnimateDiff (Guo et al., 2023), https://arxiv.org/abs/2307.04725",
         tolerances={

@@ -1,0 +1,97 @@
+"""The shapes in which LatentSync calls each kernel, for all that measures or compiles kernels.
+
+At 512 px the UNet works on latents of 64, 32, 16 and 8 pixels a side with 320, 640, 1280 and 1280
+channels, on 16 frames, twice for guidance. Activations are channels-last; queries, keys and values
+are slices of one fused projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Draw = Callable[..., Tensor]  # shape -> numbers of that shape
+
+LEVELS = ((64, 320), (32, 640), (16, 1280), (8, 1280))
+BATCH, FRAMES, HEADS, GROUPS = 2, 16, 8, 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a kernel: ``arguments(draw)`` makes the op's arguments."""
+
+    kernel: str
+    label: str
+    side: int
+    arguments: Callable[[Draw], tuple[Any, ...]]
+
+
+def cases(
+    levels: tuple[tuple[int, int], ...] = LEVELS, batch: int = BATCH, frames: int = FRAMES
+) -> list[Case]:
+    """All kernels at all levels, the largest level first."""
+    return [
+        Case(
+            kernel, f"{what}{side}x{side}, {width} channels", side, make(side, width, batch, frames)
+        )
+        for side, width in levels
+        for kernel, what, make in (
+            ("temporal_attention", "", _temporal_attention),
+            ("group_norm_silu", "frames ", _group_norm_frames),
+            ("group_norm_silu", "video ", _group_norm_video),
+            ("geglu", "", _geglu),
+            ("add_layer_norm", "", _add_layer_norm),
+        )
+    ]
+
+
+def _temporal_attention(
+    side: int, width: int, batch: int, frames: int
+) -> Callable[[Draw], tuple[Any, ...]]:
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        q, k, v = draw(batch * frames, side * side, 3 * width).chunk(3, dim=2)
+        return q, k, v, frames, HEADS, None
+
+    return arguments
+
+
+def _group_norm_frames(
+    side: int, width: int, batch: int, frames: int
+) -> Callable[[Draw], tuple[Any, ...]]:
+    """The entrance of a transformer: each frame alone, no activation."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        x = draw(batch * frames, side, side, width).movedim(-1, 1)
+        return x, GROUPS, draw(width), draw(width), 1e-6, False, None
+
+    return arguments
+
+
+def _group_norm_video(
+    side: int, width: int, batch: int, frames: int
+) -> Callable[[Draw], tuple[Any, ...]]:
+    """The middle of a residual block: the time embedding, statistics over all frames, SiLU."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        x = draw(batch, frames, side, side, width).movedim(-1, 1)
+        return x, GROUPS, draw(width), draw(width), 1e-5, True, draw(batch, width)
+
+    return arguments
+
+
+def _geglu(side: int, width: int, batch: int, frames: int) -> Callable[[Draw], tuple[Any, ...]]:
+    return lambda draw: (draw(batch * frames, side * side, 8 * width),)
+
+
+def _add_layer_norm(
+    side: int, width: int, batch: int, frames: int
+) -> Callable[[Draw], tuple[Any, ...]]:
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        shape = (batch * frames, side * side, width)
+        x, residual, weight, bias = draw(*shape), draw(*shape), draw(width), draw(width)
+        return x, residual, weight, bias, 1e-5, draw(frames, width)
+
+    return arguments

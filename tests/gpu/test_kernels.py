@@ -1,0 +1,219 @@
+"""The kernels on a GPU, at the sizes that LatentSync has."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import pytest
+import torch
+
+from lsync_compile.kernels import (
+    add_layer_norm,
+    geglu,
+    group_norm_silu,
+    registered,
+    temporal_attention,
+)
+from lsync_compile.kernels.accuracy import error
+from lsync_compile.kernels.launch import Kernel
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, and torch sees none", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda")
+LEVELS = ((64, 320), (32, 640), (16, 1280), (8, 1280))
+BATCH, FRAMES = 2, 16
+
+
+@pytest.fixture
+def draw():
+    """A function that draws normal numbers of a shape and dtype on the GPU."""
+    generator = torch.Generator(CUDA).manual_seed(0)
+
+    def normal(*shape, dtype=torch.float16):
+        return torch.randn(shape, generator=generator, device=CUDA).to(dtype)
+
+    return normal
+
+
+@pytest.fixture(autouse=True)
+def freed():
+    """Leave no large tensors to the next test."""
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def untuned(monkeypatch):
+    """Kernels run in their first configuration that fits, with none compiled to compare it."""
+    every = Kernel.candidates
+    monkeypatch.setattr(Kernel, "candidates", lambda self, arguments: every(self, arguments)[:1])
+
+
+def judge(name, *args):
+    spec = registered()[name]
+    assert error(spec, *args) <= spec.tolerances[args[0].dtype].relative
+
+
+# At LatentSync's sizes, in the configurations that the autotuner chooses.
+
+
+@pytest.mark.parametrize(("side", "width"), LEVELS)
+def test_temporal_attention(draw, side, width):
+    q, k, v = draw(BATCH * FRAMES, side * side, 3 * width).chunk(3, dim=2)
+    judge("temporal_attention", q, k, v, FRAMES, 8, None)
+    judge("temporal_attention", *(x.contiguous() for x in (q, k, v)), FRAMES, 8, None)
+
+
+@pytest.mark.parametrize(("side", "width"), [*LEVELS, (64, 960)])
+def test_group_norm_silu(draw, side, width):
+    x = draw(BATCH, FRAMES, side, side, width).movedim(-1, 1)
+    weight, bias, shift = draw(width), draw(width), draw(BATCH, width)
+    judge("group_norm_silu", x, 32, weight, bias, 1e-5, True, shift)
+    frames = x.transpose(1, 2).flatten(0, 1)
+    judge("group_norm_silu", frames, 32, weight, bias, 1e-6, False, None)
+
+
+@pytest.mark.parametrize(("side", "width"), LEVELS)
+def test_geglu(draw, side, width):
+    judge("geglu", draw(BATCH * FRAMES, side * side, 8 * width))
+
+
+@pytest.mark.parametrize(("side", "width"), LEVELS)
+def test_add_layer_norm(draw, side, width):
+    x, residual = draw(2, BATCH * FRAMES, side * side, width)
+    weight, bias, position = draw(width), draw(width), draw(FRAMES, width)
+    judge("add_layer_norm", x, residual, weight, bias, 1e-5, None)
+    judge("add_layer_norm", x, residual, weight, bias, 1e-5, position)
+
+
+# Elsewhere one configuration has to do: each is compiled for each dtype and size.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_other_dtypes(draw, untuned, dtype):
+    q, k, v = draw(BATCH * FRAMES, 1024, 3 * 640, dtype=dtype).chunk(3, dim=2)
+    judge("temporal_attention", q, k, v, FRAMES, 8, None)
+    judge("geglu", draw(BATCH * FRAMES, 1024, 8 * 640, dtype=dtype))
+    x, residual = draw(2, BATCH * FRAMES, 1024, 640, dtype=dtype)
+    weight, bias = draw(2, 640, dtype=dtype)
+    position, shift = draw(FRAMES, 640, dtype=dtype), draw(BATCH, 640, dtype=dtype)
+    judge("add_layer_norm", x, residual, weight, bias, 1e-5, position)
+    video = x.view(BATCH, FRAMES, 32, 32, 640).movedim(-1, 1)
+    judge("group_norm_silu", video, 32, weight, bias, 1e-5, True, shift)
+    small = video.transpose(1, 2).flatten(0, 1)[..., :8, :8].contiguous()
+    judge("group_norm_silu", small, 32, weight, bias, 1e-6, False, None)
+
+
+@pytest.mark.parametrize(
+    ("frames", "dim"), [(1, 160), (5, 7), (16, 64), (17, 40), (24, 160), (32, 16)]
+)
+def test_temporal_attention_of_any_size(draw, untuned, frames, dim):
+    q, k, v = draw(3, 2 * frames, 37, 3 * dim)
+    judge("temporal_attention", q, k, v, frames, 3, None)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "frames apart", "every other pixel"])
+@pytest.mark.parametrize(("side", "width"), [(64, 320), (16, 1280), (17, 96)])
+def test_group_norm_of_any_layout(draw, untuned, side, width, layout):
+    weight, bias = draw(2, width)
+    if layout == "contiguous":
+        x = draw(BATCH, width, FRAMES, side, side)
+    elif layout == "frames apart":
+        x = draw(BATCH, FRAMES, width, side, side).transpose(1, 2)
+    else:
+        x = draw(BATCH, FRAMES, 2 * side, 2 * side, width).movedim(-1, 1)[..., ::2, ::2]
+    assert group_norm_silu(x, 32, weight, bias).stride() == torch.empty_like(x).stride()
+    judge("group_norm_silu", x, 32, weight, bias, 1e-5, True, None)
+    judge("group_norm_silu", x[:, :, 0], 32, weight, bias, 1e-6, False, None)
+
+
+def test_group_norm_of_a_mean_far_from_zero(draw, untuned):
+    x = draw(2, 320, 16, 64, 64, dtype=torch.float32) + 1000
+    weight, bias = torch.ones(320, device=CUDA), torch.zeros(320, device=CUDA)
+    spec = registered()["group_norm_silu"]
+    # float32 holds 1000 to 3e-5, and squares of it no digit of a variance of 1.
+    assert error(spec, x, 32, weight, bias, 1e-5, False, None) <= 1e-4
+
+
+def test_odd_widths(draw, untuned):
+    judge("geglu", draw(5, 7, 2 * 301))
+    for width in (33, 8192):
+        x, residual = draw(2, 3, 5, width)
+        judge("add_layer_norm", x, residual, *draw(2, width), 1e-5, draw(3, width))
+
+
+def arguments(draw):
+    """Small arguments of each op."""
+    x, weight, bias = draw(4, 64, 8, 8), draw(64), draw(64)
+    tokens = draw(4, 64, 64)
+    return {
+        temporal_attention: (*draw(4, 64, 3 * 64).chunk(3, dim=2), 2, 2),
+        group_norm_silu: (x.to(memory_format=torch.channels_last), 4, weight, bias),
+        geglu: (draw(4, 64, 2 * 64),),
+        add_layer_norm: (tokens, tokens * 2, weight, bias, 1e-5, draw(2, 64)),
+    }
+
+
+def test_ops_pass_opcheck(draw):
+    for op, args in arguments(draw).items():
+        torch.library.opcheck(op, args)
+
+
+def test_a_second_call_gives_the_same_bits(draw):
+    for op, args in arguments(draw).items():
+        torch.testing.assert_close(op(*args), op(*args), rtol=0, atol=0)
+
+
+def test_a_choice_is_made_once(draw):
+    module = importlib.import_module("lsync_compile.kernels.temporal_attention")
+    args = arguments(draw)[temporal_attention]
+    temporal_attention(*args)
+    choices = dict(module._temporal_attention._tuner.cache)
+    temporal_attention(*args)
+    assert choices == module._temporal_attention._tuner.cache
+    assert choices
+
+
+def test_ops_replay_in_a_cuda_graph(draw):
+    for op, args in arguments(draw).items():
+        op(*args)  # chooses a configuration, which a capture cannot
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = op(*args)
+        args[0].copy_(torch.randn_like(args[0]))
+        graph.replay()
+        torch.testing.assert_close(out, op(*args), rtol=0, atol=0)
+
+
+def block(x, weight, bias):
+    """All ops in one graph: (4, 64, 8, 8) channels-last -> (4, 64, 64)."""
+    y = group_norm_silu(x * 2, 4, weight, bias, shift=x.mean((2, 3)))
+    tokens = y.permute(0, 2, 3, 1).flatten(1, 2)
+    attended = temporal_attention(tokens, tokens + 1, tokens - 1, 2, 2)
+    total, normed = add_layer_norm(attended, tokens, weight, bias)
+    return geglu(torch.cat([normed, normed.sin()], -1)) + total
+
+
+def test_inductor_keeps_layout_and_values(draw):
+    x, weight, bias = (arguments(draw)[group_norm_silu][i] for i in (0, 2, 3))
+    compiled = torch.compile(block, fullgraph=True, dynamic=False)
+    # Inductor keeps what it fuses in float32 where eager torch rounds to float16.
+    torch.testing.assert_close(
+        compiled(x, weight, bias), block(x, weight, bias), rtol=0.01, atol=0.01
+    )
+
+
+def test_threads_do_not_disturb_each_other(draw):
+    from concurrent.futures import ThreadPoolExecutor
+
+    args = [(draw(3, n, 128),) for n in range(1, 33)]
+    expected = [geglu(*a) for a in args]
+    with ThreadPoolExecutor(8) as pool:
+        outputs = list(pool.map(lambda a: geglu(*a), args))
+    torch.cuda.synchronize()
+    for out, wanted in itertools.zip_longest(outputs, expected):
+        torch.testing.assert_close(out, wanted, rtol=0, atol=0)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lsync_compile.kernels import (
+    add_layer_norm,
+    geglu,
+    group_norm_silu,
+    registered,
+    temporal_attention,
+)
+from lsync_compile.kernels.accuracy import error
+from lsync_compile.kernels.launch import (
+    INTERPRETED,
+    Config,
+    Kernel,
+    kernel,
+    record_launches,
+    runs_kernel,
+)
+from lsync_compile.kernels.spec import register
+
+
+def test_a_cpu_runs_kernels_under_the_interpreter_only():
+    x = torch.zeros(2, 8)
+    assert runs_kernel(x) is INTERPRETED
+    with record_launches() as launches:
+        geglu(x)
+    assert [launch.kernel.name for launch in launches] == (["geglu"] if INTERPRETED else [])
+
+
+def test_configurations_that_do_not_fit_are_left_out():
+    configs = [Config({"N": n}) for n in (1, 2, 4)]
+
+    @kernel(configs, fits=lambda config, arguments: config.blocks["N"] <= arguments["m"])
+    def tried(m, N):
+        pass
+
+    assert tried.candidates({"m": 2}) == configs[:2]
+    assert tried.candidates({"m": 0}) == configs  # none fits: any is better than none
+
+
+def test_a_name_is_registered_once():
+    spec = registered()["geglu"]
+    with pytest.raises(ValueError, match="registered twice"):
+        register(spec)
+
+
+def mixed(x, weight, bias):
+    """All ops in one graph: (2*2, 8, 4, 4) channels-last -> (4, 16, 8)."""
+    y = group_norm_silu(x * 2, 4, weight, bias, shift=x.mean((2, 3)))
+    tokens = y.permute(0, 2, 3, 1).flatten(1, 2)
+    attended = temporal_attention(tokens, tokens + 1, tokens - 1, 2, 2)
+    total, normed = add_layer_norm(attended, tokens, weight, bias, position=bias.expand(2, 8))
+    return geglu(torch.cat([normed, normed.sin()], -1)) + total
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a CPU chooses no configuration elsewhere")
+@pytest.mark.parametrize("name", registered())
+def test_every_configuration_is_exact(normal, monkeypatch, name):
+    arguments = {
+        "temporal_attention": lambda: (*normal(3, 6, 3, 80), 3, 2, None),
+        "geglu": lambda: (normal(9, 2 * 300),),
+        "add_layer_norm": lambda: (*normal(2, 6, 3, 300), *normal(2, 300), 1e-5, normal(3, 300)),
+        "group_norm_silu": lambda: (normal(1, 12, 33, 67), 2, *normal(2, 12), 1e-5, True, None),
+    }[name]()
+    spec = registered()[name]
+    with record_launches() as launches:
+        spec.kernel(*arguments)
+    every = Kernel.candidates
+    for launch in launches:
+        for config in launch.configs:
+
+            def chosen(kernel, given, this=launch.kernel, config=config):
+                return [config] if kernel is this else every(kernel, given)
+
+            monkeypatch.setattr(Kernel, "candidates", chosen)
+            assert error(spec, *arguments) <= spec.tolerances[torch.float32].relative, config
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the compilers treat an op alike whatever it runs")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_torch_compile_keeps_layout_and_values(normal, backend):
+    x = normal(4, 8, 4, 4).to(memory_format=torch.channels_last)
+    weight, bias = normal(2, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(mixed, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight, bias), mixed(x, weight, bias))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="about a process without Triton")
+def test_without_triton_ops_run_their_references():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from lsync_compile.kernels import geglu, registered\n"
+        "from lsync_compile.kernels.launch import triton\n"
+        "assert triton is None and len(registered()) == 4\n"
+        "x = torch.randn(3, 8)\n"
+        "torch.testing.assert_close(geglu(x), x[:, :4] * torch.nn.functional.gelu(x[:, 4:]))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
