@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lsync_compile.media.audio import load_audio
-from lsync_compile.media.video import probe, read_frames
 
 from lsync_compile.errors import MediaError, NoFaceError, OptionError
+from lsync_compile.media.audio import load_audio
+from lsync_compile.media.video import probe, read_frames
 from lsync_compile.models.pipeline import LatentSyncPipeline
 
 Maker = Callable[..., Path]
