@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -15,12 +16,12 @@ from lsync_compile.quality.sync import Sync
 
 # Heading and digits after the point of each measure.
 _HEADINGS = {
-    "psnr": ("PSNR dB", 2),
-    "worst_psnr": ("worst frame dB", 2),
+    "psnr": ("PSNR", 2),
+    "worst_psnr": ("worst", 2),
     "ssim": ("SSIM", 4),
     "ms_ssim": ("MS-SSIM", 4),
     "lpips": ("LPIPS", 4),
-    "flicker": ("flicker /255", 3),
+    "flicker": ("flicker", 3),
     "seams": ("seams", 2),
 }
 _REGIONS = {"mouth": "Mouth region", "frame": "Full frame"}
@@ -73,9 +74,15 @@ def study_tables(study: Study) -> list[Table]:
 def print_tables(study: Study, console: Console) -> None:
     """Print a study's tables with their notes."""
     for table in study_tables(study):
-        rich = RichTable(title=table.title, title_justify="left", title_style="bold")
+        rich = RichTable(
+            title=table.title,
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
         for index, heading in enumerate(table.headings):
-            rich.add_column(heading, justify="right" if index else "left")
+            rich.add_column(heading, justify="right" if index else "left", no_wrap=True)
         for row in table.rows:
             rich.add_row(*row, style="dim" if row[0] in table.faint else None)
         console.print(rich)
@@ -94,22 +101,23 @@ def number(value: float, digits: int) -> str:
 def _speed_table(study: Study) -> Table:
     base = study.reference
     rows = [_speed_row(result, base) for result in (base, *study.candidates)]
-    headings = ["", "solver", "steps", "guidance", "options", "seconds", "frames/s", "speed-up"]
+    headings = ["", "solver", "steps", "guidance", "seconds", "frames/s", "speed-up"]
     notes = ["seconds: all chunks, compiling included; frames/s: the median full chunk"]
+    for result in study.candidates:
+        options = result.setting.options or {}
+        if options:
+            words = " ".join(f"{key}={value}" for key, value in options.items())
+            notes.append(f"{result.setting.name}: {words}")
     return Table("Speed", headings, rows, {base.setting.name}, notes)
 
 
 def _speed_row(result: Result, base: Result) -> list[str]:
     setting = result.setting
-    options = "plain"
-    if setting.options is not None:
-        options = " ".join(f"{key}={value}" for key, value in setting.options.items())
     return [
         setting.name,
         setting.solver + (f" {setting.spacing}" if setting.spacing else ""),
         str(setting.steps),
         f"{setting.guidance_scale:g}",
-        options,
         f"{result.seconds:.1f}",
         f"{result.frames_per_second:.2f}",
         f"{result.frames_per_second / base.frames_per_second:.2f}x",
@@ -117,7 +125,8 @@ def _speed_row(result: Result, base: Result) -> list[str]:
 
 
 def _scores_table(title: str, rows: dict[str, Scores], faint: set[str], *, sampled: bool) -> Table:
-    notes: dict[str, None] = {}
+    # A dictionary, to keep the order and say nothing twice.
+    notes: dict[str, None] = {"PSNR and worst frame in dB, flicker in levels of 255": None}
     cells = []
     for name, scores in rows.items():
         measures: dict[str, Measure] = {key: getattr(scores, key) for key in MEASURES}
