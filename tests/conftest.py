@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from lsync_compile.models.mel_encoder import MelAudioEncoder
 
 from lsync_compile.media.faces import Face
+from lsync_compile.models.mel_encoder import MelAudioEncoder
 from lsync_compile.models.pipeline import LatentSyncPipeline
 from lsync_compile.models.scheduler import default_scheduler
 from lsync_compile.models.unet import UNet3DConditionModel

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lsync_compile.media.video import read_frames
 
 from lsync_compile import cli
+from lsync_compile.media.video import read_frames
 from lsync_compile.models.pipeline import LatentSyncPipeline
 
 Maker = Callable[..., Path]

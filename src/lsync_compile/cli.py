@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from lsync_compile import __version__
 from lsync_compile.errors import Interrupted, LsyncError, OptionError
+from lsync_compile.quality.cli import quality
 
 app = typer.Typer(
     name="lsync",
@@ -142,7 +143,7 @@ def sync(
     place = choose_device(device)
     console = Console(stderr=True, quiet=quiet or as_json)
     with console.status(f"Loading {checkpoint} on {place} …"):
-        pipe = lsync_compile.LatentSyncPipeline.from_pretrained(
+        pipe: Any = lsync_compile.LatentSyncPipeline.from_pretrained(
             checkpoint,
             torch_dtype=choose_dtype(dtype, place),
             device=place,
@@ -224,6 +225,9 @@ def explain(
         dump_dir=dump,
     )
     typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
+
+
+app.command()(quality)
 
 
 @app.command()

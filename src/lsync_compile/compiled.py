@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lsync_compile.targets import CompiledCall
 
 _LINK = "_lsync_link"
+_RUNS = frozenset({"synthesize"})  # ways to run a pipeline beside calling it
 _OWN = frozenset({"_lsync_handle", "_lsync_run", "_is_torch_compile"})
 ROLES = ("unet", "vae.encoder", "vae.decoder")
 
@@ -202,7 +204,19 @@ class CompiledPipeline:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._lsync_handle._original, name)
+        value = getattr(self._lsync_handle._original, name)
+        return self._counted(value) if name in _RUNS else value
+
+    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method that runs the pipeline, prepared and counted as a call is."""
+
+        @functools.wraps(method)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._lsync_handle.settle()
+            self._lsync_handle._session.count_run()
+            return method(*args, **kwargs)
+
+        return run
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OWN:

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from lsync_compile.errors import LsyncError
 
@@ -83,12 +84,13 @@ def _devices() -> Iterator[Finding]:
 def _codecs() -> Iterator[Finding]:
     import av
 
-    for name, mode, use in (
+    wanted: tuple[tuple[str, Literal["r", "w"], str], ...] = (
         ("libx264", "w", "writing the video"),
         ("aac", "w", "writing the sound"),
         ("h264", "r", "reading H.264"),
         ("hevc", "r", "reading H.265"),
-    ):
+    )
+    for name, mode, use in wanted:
         try:
             av.Codec(name, mode)
             yield Finding(f"codec {name}", "ok", use)

@@ -49,7 +49,7 @@ class CompileError(LsyncError):
     exit_code = 7
 
 
-class Interrupted(LsyncError):
+class Interrupted(LsyncError):  # noqa: N818  an interrupt is no error of anyone's
     """The user stopped the work; what was under way is discarded."""
 
     exit_code = 130  # what a shell gives after Ctrl-C

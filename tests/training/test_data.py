@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
+from lsync_compile.media.faces import Face, Frame
 from training import prepare
 from training.data import MANIFEST, TrainingData, read_sound, write_sound
 from training.prepare import Folder, Run, aligned_runs
-
-from lsync_compile.media.faces import Face, Frame
 
 FRAME = 640
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
 from training.portrait import ASTRONAUT, Pose, Puppet, animate_portrait, curtain
 
 SAMPLE = Path(__file__).resolve().parents[2] / "src/lsync_compile/assets/sample"

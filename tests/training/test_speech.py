@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from torch import Tensor
+
 from training.speech import (
     LEVEL,
     SAMPLES_PER_FRAME,

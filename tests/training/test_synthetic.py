@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+
 from training.features import Motion
 from training.synthetic import FaceSampler, Identity
 

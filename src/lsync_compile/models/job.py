@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lsync_compile.errors import OptionError
-from lsync_compile.media.tracking import FaceTracker, Frame
+from lsync_compile.media.faces import Frame
+from lsync_compile.media.tracking import FaceTracker
 
 SAMPLE_RATE = 16_000  # Hz; what the audio encoders are trained on
 StepCallback = Callable[[int, Any, Tensor], None]

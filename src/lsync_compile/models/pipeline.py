@@ -23,9 +23,9 @@ from torch import Tensor
 from lsync_compile.errors import MediaError, MemoryLimitError
 from lsync_compile.media.align import restore_face
 from lsync_compile.media.audio import load_audio
-from lsync_compile.media.faces import FaceDetector, create_detector
+from lsync_compile.media.faces import FaceDetector, Frame, create_detector
 from lsync_compile.media.mask import mouth_mask
-from lsync_compile.media.tracking import Chunk, FaceTracker, Frame, read_chunks
+from lsync_compile.media.tracking import Chunk, FaceTracker, read_chunks
 from lsync_compile.media.video import count_frames, probe
 from lsync_compile.media.writer import VideoWriter
 from lsync_compile.models.audio import AudioEncoder, audio_windows
@@ -100,7 +100,7 @@ class LatentSyncPipeline(DiffusionPipeline):
         self.mask_path = mask_path
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         name_or_folder: str | Path,
         *,
@@ -130,17 +130,20 @@ class LatentSyncPipeline(DiffusionPipeline):
             detector=create_detector(detector),
             mask_path=checkpoint.mask_file,
         )
-        return pipeline.to(device)
+        pipeline.to(device)
+        return pipeline
 
     @property
     def device(self) -> torch.device:
         """Where the UNet is; the inherited property asks audio encoders, which need not know."""
-        return self.unet.device
+        device: torch.device = self.unet.device
+        return device
 
     @property
     def resolution(self) -> int:
         """Side of the aligned face in pixels that the UNet was trained for."""
-        return int(self.unet.config.sample_size) * self.vae_scale_factor
+        side: int = self.unet.config.sample_size * self.vae_scale_factor
+        return side
 
     @property
     def mask(self) -> Tensor:
@@ -406,7 +409,7 @@ class LatentSyncPipeline(DiffusionPipeline):
 
     def _encode(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         """(f, 3, R, R) in [-1, 1] to scaled latents (1, 4, f, h, w)."""
-        latents = self.vae.encode(pixels).latent_dist.sample(generator)
+        latents: Tensor = self.vae.encode(pixels).latent_dist.sample(generator)
         shift = self.vae.config.shift_factor or 0.0
         latents = (latents - shift) * self.vae.config.scaling_factor
         return latents.transpose(0, 1).unsqueeze(0)
@@ -469,7 +472,7 @@ class LatentSyncPipeline(DiffusionPipeline):
         """Latents (1, 4, f, h, w) to faces (f, 3, R, R) in [-1, 1], surroundings pasted back."""
         shift = self.vae.config.shift_factor or 0.0
         flat = (latents / self.vae.config.scaling_factor + shift)[0].transpose(0, 1)
-        decoded = self.vae.decode(flat).sample
+        decoded: Tensor = self.vae.decode(flat).sample
         return decoded * (1 - mask).to(decoded.dtype) + (pixels * mask).to(decoded.dtype)
 
     def _restore(self, chunk: Chunk, synced: Tensor | None) -> list[Frame]:
