@@ -85,19 +85,19 @@ def test_unet_learns_to_listen() -> None:
     torch.manual_seed(0)
     config = json.loads(UNET_CONFIG.read_text()) | {
         "sample_size": SIDE,
-        "block_out_channels": [16, 32],
+        "block_out_channels": [24, 48],
         "attention_head_dim": [1, 1],
         "norm_num_groups": 4,
         "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
         "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"],
         "motion_module_resolutions": [1, 2],
     }
-    pair = new_pair(config, {"bands": 20, "width": 24, "layers": 1, "feature_dim": 384})
-    ears = MelAudioEncoder(bands=20, width=24, layers=1)
+    pair = new_pair(config, {"bands": 40, "width": 48, "layers": 2, "feature_dim": 384})
+    ears = MelAudioEncoder(bands=40, width=48, layers=2)
     trainer = Trainer(pair, dtype=torch.float32, ema=0.98)
     toy, levels = Toy(), signal_levels(default_scheduler(), torch.device("cpu"))
     region = 1 + 2 * (1 - toy.mask)[None, :, None]
-    steps = 300
+    steps = 500
     for step in range(steps):
         batch, _ = toy.draw(8)
         terms = training_terms(
