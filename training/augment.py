@@ -72,3 +72,36 @@ def jitter_sound(sound: Tensor) -> Tensor:
     amount = 10 ** uniform(batch, -3.5, -1.3, sound)[:, None]  # -70 to -26 dB
     amount = amount * (uniform(batch, 0, 1, sound)[:, None] < 0.6)
     return (filtered + loud * amount * torch.randn_like(sound)) * level
+
+
+def jitter_mel(mel: Tensor) -> Tensor:
+    """Another voice, and gaps, for log-mel bands ``(B, bands, frames)`` (about -1 to 1).
+
+    The bands are stretched by up to an eighth, as a longer or shorter vocal tract does
+    (Jaitly and Hinton, 2013), and two stripes of bands and one of time are set to the mean
+    (SpecAugment, https://arxiv.org/abs/1904.08779). With half a minute of real speech a network
+    would otherwise learn utterances by heart.
+    """
+    batch, bands, frames = mel.shape
+    place = torch.arange(bands, device=mel.device, dtype=torch.float32)
+    stretch = 1 + uniform(batch, -0.125, 0.125, mel)
+    source = (place[None] * stretch[:, None]).clamp(max=bands - 1)  # (B, bands)
+    low = source.floor().long().clamp(max=bands - 2)
+    part = (source - low)[:, :, None].to(mel.dtype)
+
+    def rows(index: Tensor) -> Tensor:
+        return mel.gather(1, index[:, :, None].expand(-1, -1, frames))
+
+    mel = rows(low) * (1 - part) + rows(low + 1) * part
+    mean = mel.mean(dim=(1, 2), keepdim=True)
+    time = torch.arange(frames, device=mel.device, dtype=torch.float32)
+
+    def stripe(line: Tensor, widest: float) -> Tensor:
+        """Which of ``line (n,)`` lie in a random stripe: ``(B, n)``."""
+        centre = uniform(batch, 0, float(len(line)), mel)[:, None]
+        half = uniform(batch, 0, widest / 2, mel)[:, None]
+        return (line[None] - centre).abs() < half
+
+    hidden = stripe(place, bands / 6)[:, :, None] | stripe(place, bands / 6)[:, :, None]
+    hidden = hidden | stripe(time, 8)[:, None, :]
+    return torch.where(hidden, mean, mel)

@@ -107,15 +107,37 @@ def check(folder: Path) -> None:
 def curves(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
     """``curves.json`` with every recorded point, and a picture of the losses."""
     (folder / "curves.json").write_text(
-        json.dumps({stage: run["curve"] for stage, run in runs.items()}) + "\n"
+        json.dumps({stage: whole_curve(run) for stage, run in runs.items()}) + "\n"
     )
+    joined = {"curve": whole_curve(runs["unet"])}
     lines = {
         "VAE: loss": series(runs["vae"], "loss"),
-        "UNet: squared error of the noise": series(runs["unet"], "mse"),
-        "UNet, held out: right sound": series(runs["unet"], "val_right"),
-        "UNet, held out: wrong sound": series(runs["unet"], "val_wrong"),
+        "UNet: squared error of the noise": series(joined, "mse"),
+        "UNet, held out: right sound": series(joined, "val_right"),
+        "UNet, held out: wrong sound": series(joined, "val_wrong"),
     }
     plot(folder / "curves.png", lines)
+
+
+def whole_curve(run: dict[str, Any]) -> list[dict[str, float]]:
+    """The points of a run, after those of the run it began from."""
+    earlier = run.get("earlier")
+    if earlier is None:
+        return list(run["curve"])
+    before = whole_curve(earlier)
+    seconds, steps = earlier["seconds"], earlier["steps"]
+    return before + [
+        p | {"seconds": p["seconds"] + seconds, "step": p["step"] + steps} for p in run["curve"]
+    ]
+
+
+def stage_rows(run: dict[str, Any]) -> str:
+    """Rows of the card's table for a run and for those it began from."""
+    row = (
+        f"| UNet and sound encoder | {run['steps']} | {run['batch']} chunks of {run['frames']} "
+        f"frames | {run['seconds'] / 60:.1f} | {run['seed']} |"
+    )
+    return f"{stage_rows(run['earlier'])}\n{row}" if "earlier" in run else row
 
 
 def series(run: dict[str, Any], key: str) -> list[tuple[float, float]]:
@@ -185,8 +207,7 @@ Parameters: {sizes}; fp16. Trained from scratch by the scripts in `training/` on
 | stage | steps | batch | minutes | seed |
 | --- | --- | --- | --- | --- |
 | VAE | {vae["steps"]} | {vae["batch"]} faces | {vae["seconds"] / 60:.1f} | {vae["seed"]} |
-| UNet and sound encoder | {unet["steps"]} | {unet["batch"]} chunks of {unet["frames"]} frames \
-| {unet["seconds"] / 60:.1f} | {unet["seed"]} |
+{stage_rows(unet)}
 
 ## Data
 

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from lsync_compile.models.mel_encoder import MelAudioEncoder
 from lsync_compile.models.scheduler import default_scheduler
 from lsync_compile.models.unet import UNet3DConditionModel
+from training.augment import jitter_mel
 from training.bank import Batch, LatentBank
 from training.codec import encode, load_vae
 from training.denoise import probe, region_weights, signal_levels, training_terms
@@ -107,9 +108,10 @@ def main(arguments: list[str] | None = None) -> None:
             bank.refresh(args.refresh)
         frames, chunks, phase = step_shape(args.batch, args.frames, lengths)
         batch = bank.batch(chunks, frames)
+        mel = jitter_mel(ears.mel(batch.sound))
         values = training_terms(
             pair.unet,
-            pair.audio(ears.mel(batch.sound).to(dtype), phase),
+            pair.audio(mel.to(dtype), phase),
             batch,
             levels,
             mask,
@@ -164,18 +166,25 @@ def resume(
         step, budget.used, log.points = saved["step"], saved["seconds"], saved["points"]
     elif args.init is not None:
         position = json.loads((args.init / "train_unet.json").read_text())
-        weights = {
-            f"{part}.{name}": weight.to(device)
-            for part in ("unet", "audio")
-            for name, weight in load_file(str(args.init / f"{part}.safetensors")).items()
-        }
         step, budget.used, log.points = (position[k] for k in ("steps", "seconds", "curve"))
-        trainer.load_weights(weights, step)
+        trainer.load_weights(read_weights(args.init, device), step)
+    elif args.start is not None:
+        trainer.load_weights(read_weights(args.start, device), 0)
+        return 0
     else:
         return 0
     torch.manual_seed(args.seed + step)
     print(f"unet: resumed at step {step}, {budget.used:.0f} s used", flush=True)
     return int(step)
+
+
+def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
+    """Published weights of both networks, by the names that `Pair` gives them."""
+    return {
+        f"{part}.{name}": weight.to(device)
+        for part in ("unet", "audio")
+        for name, weight in load_file(str(folder / f"{part}.safetensors")).items()
+    }
 
 
 @torch.no_grad()
@@ -267,8 +276,10 @@ def finish(
         "data": footage.describe(),
         "curve": log.points,
     }
+    if args.start is not None:
+        result["earlier"] = json.loads((args.start / "train_unet.json").read_text())
     write_json(args.out / "train_unet.json", result)
-    print({k: v for k, v in result.items() if k != "curve"}, flush=True)
+    print({k: v for k, v in result.items() if k not in ("curve", "earlier")}, flush=True)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -280,6 +291,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--state", type=Path, required=True, help="folder that keeps the resumable state"
     )
     p.add_argument("--init", type=Path, help="an earlier --out to go on from without its state")
+    p.add_argument("--start", type=Path, help="weights of an earlier --out to begin a new run with")
     p.add_argument("--unet-config", type=Path, default=UNET_CONFIG)
     p.add_argument("--audio-config", type=Path, default=AUDIO_CONFIG)
     p.add_argument(

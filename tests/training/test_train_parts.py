@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lsync_compile.models.audio import audio_windows
-from training.augment import jitter_colour, jitter_geometry, jitter_sound
+from training.augment import jitter_colour, jitter_geometry, jitter_mel, jitter_sound
 from training.bank import LatentBank
 from training.codec import SCALING_FACTOR, calibrate, decode, encode, new_vae
 from training.denoise import (
@@ -213,6 +213,23 @@ def test_clips_vary_as_a_whole() -> None:
     sound = torch.randn(4, 800)
     assert jitter_sound(sound).shape == sound.shape
     assert float(jitter_sound(torch.zeros(4, 800)).abs().max()) < 1e-3  # silence stays silent
+
+
+def test_spectra_are_stretched_and_have_gaps() -> None:
+    torch.manual_seed(0)
+    flat = torch.full((8, 80, 40), 0.3)
+    torch.testing.assert_close(jitter_mel(flat), flat)
+    ramp = torch.linspace(-1, 1, 80)[None, :, None].expand(64, -1, 40).contiguous()
+    varied = jitter_mel(ramp)
+    assert float(varied.abs().max()) <= 1
+    # Band 60 of another voice is band 52.5 to 67.5 of this one, save where it is hidden.
+    band = varied[:, 60].median(dim=1).values
+    seen = band[(band > float(ramp[0, 52, 0])) & (band < float(ramp[0, 68, 0]))]
+    assert len(seen) > 45
+    assert float(seen.std()) > 0.05
+    # Stripes of time: some columns of a picture differ from the others.
+    odd = (varied != varied.median(dim=2, keepdim=True).values).any(1).float().mean()
+    assert 0.02 < float(odd) < 0.2
 
 
 def test_soft_mask_has_an_edge() -> None:
