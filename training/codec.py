@@ -17,7 +17,7 @@ from torch import Tensor, nn
 SCALING_FACTOR = 0.18215  # Stable Diffusion's, which LatentSync's pipeline expects
 
 
-def new_vae(widths: tuple[int, ...] = (24, 48, 96, 128), groups: int = 8) -> AutoencoderKL:
+def new_vae(widths: tuple[int, ...] = (24, 48, 96, 144), groups: int = 8) -> AutoencoderKL:
     """An untrained f8 VAE with 4 latent channels.
 
     A few channels a group, as in Stable Diffusion's VAE: with one channel a group the norm before

@@ -299,7 +299,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--call-minutes", type=float, help="stop and save after this long")
     p.add_argument("--steps", type=int, help="run this many steps instead of --minutes")
-    p.add_argument("--batch", type=int, default=32, help="chunks a step")
+    p.add_argument("--batch", type=int, default=56, help="chunks a step")
     p.add_argument("--frames", type=int, default=16, help="frames of a chunk")
     p.add_argument("--lr", type=float, default=8e-4)
     p.add_argument("--weight-decay", type=float, default=0.02)
@@ -310,7 +310,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--slots",
         type=int,
         nargs=3,
-        default=[224, 64, 256],
+        default=[192, 64, 160],
         help="clips in the bank: real, portrait, synthetic",
     )
     p.add_argument("--shares", type=float, nargs=3, default=[0.45, 0.12, 0.43])

@@ -209,7 +209,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--ema", type=float, default=0.998)
     p.add_argument("--size", type=int, default=256)
-    p.add_argument("--widths", type=int, nargs=4, default=[24, 48, 96, 128])
+    p.add_argument("--widths", type=int, nargs=4, default=[24, 48, 96, 144])
     p.add_argument("--groups", type=int, default=8)
     p.add_argument("--pool", type=int, default=96, help="synthetic clips kept to draw faces from")
     p.add_argument("--refresh", type=int, default=8, help="synthetic clips replaced at a time")
