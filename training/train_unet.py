@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     budget = Budget(args.minutes, args.call_minutes, args.steps)
     device, dtype = set_up(args.seed, args.device)
+    torch.backends.cudnn.benchmark = args.autotune and device.type == "cuda"
     footage = load_footage(args.data, device, size=args.size)
     vae = load_vae(args.vae, device, dtype)
     unet_config = json.loads(args.unet_config.read_text())
@@ -106,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     while not budget.finished(step) and not budget.call_over():
         if step and step % args.refresh_every == 0:
             bank.refresh(args.refresh)
-        frames, chunks, phase = step_shape(args.batch, args.frames, lengths)
+        frames, chunks, phase = step_shape(args.batch, args.frames, lengths, short=args.short)
         batch = bank.batch(chunks, frames)
         mel = jitter_mel(ears.mel(batch.sound))
         values = training_terms(
@@ -137,16 +138,18 @@ def main(arguments: list[str] | None = None) -> None:
     finish(args, trainer, pair, footage, bank, log, complete=budget.finished(step))
 
 
-def step_shape(batch: int, frames: int, generator: torch.Generator) -> tuple[int, int, int]:
+def step_shape(
+    batch: int, frames: int, generator: torch.Generator, *, short: float = 1 / 8
+) -> tuple[int, int, int]:
     """Frames of a chunk, number of chunks, and phase of the first feature, for one step.
 
-    One step in eight has shorter chunks, as the last chunk of a clip has, of two lengths only:
-    each new shape costs ten seconds of choosing kernels on a GPU. Another one in eight
+    A share ``short`` of the steps has shorter chunks, as the last chunk of a clip has, of two lengths only:
+    each new shape costs ten seconds of choosing kernels on a GPU. One step in eight
     has the sound encoder's phase marker out of step, as with an unusual chunk length, so that
     the model does not depend on it wholly.
     """
     draw, length, shift = torch.rand(3, generator=generator).tolist()
-    if draw < 1 / 8 and frames > 1:
+    if draw < short and frames > 1:
         return max(1, frames // (5 if length < 0.5 else 2)), batch, 0
     return frames, batch, int(16 * shift) if draw > 7 / 8 else 0
 
@@ -320,6 +323,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--log-every", type=int, default=50)
     p.add_argument("--check-every", type=int, default=200, help="a multiple of --log-every")
     p.add_argument("--save-every", type=int, default=500)
+    p.add_argument("--short", type=float, default=1 / 8, help="share of steps with short chunks")
+    p.add_argument(
+        "--autotune",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let cuDNN time its kernels: faster after the first minute",
+    )
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--seed", type=int, default=1)
     return p.parse_args(arguments)
