@@ -143,10 +143,10 @@ def step_shape(
 ) -> tuple[int, int, int]:
     """Frames of a chunk, number of chunks, and phase of the first feature, for one step.
 
-    A share ``short`` of the steps has shorter chunks, as the last chunk of a clip has, of two lengths only:
-    each new shape costs ten seconds of choosing kernels on a GPU. One step in eight
-    has the sound encoder's phase marker out of step, as with an unusual chunk length, so that
-    the model does not depend on it wholly.
+    A share ``short`` of the steps has shorter chunks, as the last chunk of a clip has; of two
+    lengths only, because each new shape costs ten seconds of choosing kernels on a GPU. One step
+    in eight has the sound encoder's phase marker out of step, as with an unusual chunk length, so
+    that the model does not depend on it wholly.
     """
     draw, length, shift = torch.rand(3, generator=generator).tolist()
     if draw < short and frames > 1:
