@@ -218,12 +218,14 @@ Parameters: {sizes}; fp16. Trained from scratch by the scripts in `training/` on
 
 ## Held-out parts, synced to their own sound
 
-20 DDIM steps, guidance 1.5; the reference frames are from another time. PSNR of the mouth region
+{evaluation["steps"]} DDIM steps, guidance {evaluation["guidance"]}; the reference frames are from another time. PSNR of the mouth region
 in dB, correlation of mouth opening and sound (best offset in frames).
 
 | recording | ours | reference's mouth | muted | VAE alone | correlation, ours | original |
 | --- | --- | --- | --- | --- | --- | --- |
 {rows}
+
+{outcome(evaluation["recordings"])}
 
 The VAE's round trip on held-out faces: {vae["held_out_psnr"]} dB ({vae["held_out_psnr_mouth"]} dB
 at the mouth), the upper bound of anything this model draws.
@@ -239,6 +241,23 @@ at the mouth), the upper bound of anything this model draws.
 
 Losses: `docs/mini/curves.png`; frames: `docs/mini/`.
 """
+
+
+def outcome(recordings: dict[str, Any]) -> str:
+    """In words, which tests every recording passes and which it does not."""
+    tests = {
+        "nearer than copy": "nearer to the original than the reference's mouth",
+        "nearer than muted": "nearer to the original than the same model with the sound muted",
+        "follows the sound": "opened in time with the sound",
+        "follows new speech": "opened in time with another speech, the old mouth as reference",
+    }
+    lines = []
+    for key, words in tests.items():
+        passed = [name for name, report in recordings.items() if report["verdict"][key]]
+        failed = [name for name in recordings if name not in passed]
+        where = "on all" if not failed else "**not** on " + ", ".join(failed)
+        lines.append(f"- {words}: {where}")
+    return "The mouth is\n\n" + "\n".join(lines)
 
 
 def table_row(name: str, report: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ from training.speech import (
 )
 
 FRAMES = 50
+SPEECH_FRAMES = 48  # whole chunks of 16: a short one would be compiled for itself
 SIZE = (384, 480)
 SEED = 7
 FOLDER = Path(__file__).resolve().parents[1] / "src/lsync_compile/assets/sample"
@@ -93,7 +94,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     portrait = load_portrait(args.portrait)
-    own, other = say(OWN_WORDS, frames=FRAMES), say(OTHER_WORDS, frames=FRAMES)
+    own, other = say(OWN_WORDS, frames=FRAMES), say(OTHER_WORDS, frames=SPEECH_FRAMES)
     opening, width = mouth_tracks(own[None], FRAMES)
     frames = animate_portrait(portrait, opening[0].numpy(), width[0].numpy(), size=SIZE, seed=SEED)
     with VideoWriter(args.out / "talking.mp4", *SIZE, audio=own.numpy(), crf=17) as clip:
