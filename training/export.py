@@ -218,8 +218,9 @@ Parameters: {sizes}; fp16. Trained from scratch by the scripts in `training/` on
 
 ## Held-out parts, synced to their own sound
 
-{evaluation["steps"]} DDIM steps, guidance {evaluation["guidance"]}; the reference frames are from another time. PSNR of the mouth region
-in dB, correlation of mouth opening and sound (best offset in frames).
+{evaluation["steps"]} DDIM steps, guidance {evaluation["guidance"]}; the reference frames are from
+another time. PSNR of the mouth region in dB, correlation of mouth opening and sound (best offset
+in frames).
 
 | recording | ours | reference's mouth | muted | VAE alone | correlation, ours | original |
 | --- | --- | --- | --- | --- | --- | --- |
