@@ -438,8 +438,11 @@ def test_without_the_hooks_target_compile_still_works(
 def test_two_pipelines_in_two_threads_keep_their_own_reports() -> None:
     results: dict[int, tuple] = {}
 
+    # Built here: seeding and drawing weights in two threads would mix their random numbers.
+    pipelines = {seed: Pipeline(seed) for seed in (1, 2)}
+
     def work(seed: int, side: int) -> None:
-        fast = compiled_by_torch(Pipeline(seed))
+        fast = compiled_by_torch(pipelines[seed])
         outcome = [fast(picture(side=side), steps=seed + 1) for _ in range(3)]
         results[seed] = (outcome, fast.lsync.report())
 
