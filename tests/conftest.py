@@ -74,6 +74,12 @@ class MiddleFace:
         return Face(box=box, points=points, landmarks=landmarks, score=0.99)
 
 
+@pytest.fixture
+def middle_face() -> MiddleFace:
+    """A stand-in detector that counts its calls."""
+    return MiddleFace()
+
+
 def randomise(module: torch.nn.Module, seed: int = 0) -> None:
     """Fill every matrix with noise of unit gain: zero-initialised layers would hide errors."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lsync_compile.errors import MediaError, NoFaceError, OptionError
+from lsync_compile.errors import MediaError, MemoryLimitError, NoFaceError, OptionError
 from lsync_compile.media.audio import load_audio
 from lsync_compile.media.video import probe, read_frames
 from lsync_compile.models.pipeline import LatentSyncPipeline
@@ -189,6 +189,41 @@ def test_callback_and_progress_see_every_step(
     assert steps == [0, 1, 2, 0, 1, 2]
     assert seen[-1] == (6, 6)
     assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes."),
+    ],
+)
+def test_out_of_memory_is_one_line_that_says_what_to_do(
+    tiny_pipeline: LatentSyncPipeline,
+    make_clip: Maker,
+    make_speech: Maker,
+    tmp_path: Path,
+    error: RuntimeError,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    tiny_pipeline.vae.decoder.register_forward_pre_hook(fail)
+    out = tmp_path / "out.mp4"
+    with pytest.raises(MemoryLimitError, match="num_frames=16; use a smaller"):
+        tiny_pipeline(make_clip(4), make_speech(0.16), out, num_inference_steps=1)
+    assert not out.exists()
+
+
+def test_other_runtime_errors_keep_their_kind(
+    tiny_pipeline: LatentSyncPipeline, make_clip: Maker, make_speech: Maker
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a plain bug")
+
+    tiny_pipeline.vae.decoder.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="a plain bug"):
+        run(tiny_pipeline, make_clip(4), make_speech(0.16))
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class FaceTracker:
             face = self.detector.detect(frame)
             if face is None and self.on_missing_face == "fail":
                 raise NoFaceError(
-                    f"frame {source} ({source / 25:.2f} s at 25 fps) shows no usable face; "
+                    f"frame {source} of the clip shows no usable face; "
                     "use on_missing_face='pass' to leave such frames unchanged"
                 )
             self._matrices[source] = None if face is None else self._aligner.matrix(face.landmarks)

@@ -369,9 +369,11 @@ class LatentSyncPipeline(DiffusionPipeline):
                     seconds=time.perf_counter() - begin,
                 )
                 begin = time.perf_counter()
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             raise MemoryLimitError(
-                f"out of device memory with num_frames={job.num_frames}; use a smaller "
+                f"out of memory on {self.device} with num_frames={job.num_frames}; use a smaller "
                 "num_frames, torch_dtype=torch.float16 or a smaller checkpoint"
             ) from error
         finally:
@@ -484,3 +486,10 @@ class LatentSyncPipeline(DiffusionPipeline):
             frame if matrix is None else restore_face(frame, face, matrix)
             for frame, face, matrix in zip(chunk.frames, synced, chunk.matrices, strict=True)
         ]
+
+
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """On a CPU torch raises a plain RuntimeError that only its words tell from others."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "can't allocate memory" in str(error)
+    )
