@@ -12,7 +12,7 @@ import pytest
 from media_films import lag, sweep
 
 from lsync_compile.errors import MediaError
-from lsync_compile.media.audio import load_audio
+from lsync_compile.media.audio import SoundReader, load_audio
 
 
 def record(path: Path, samples: np.ndarray, rate: int, codec: str, layout: str = "mono") -> Path:
@@ -119,3 +119,31 @@ def test_track_without_a_sample(tmp_path):
         file.setframerate(16_000)
     with pytest.raises(MediaError, match=r"a\.wav: its audio track is empty"):
         load_audio(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "rate", "layout", "read"),
+    [
+        ("a.wav", "pcm_s16le", 44_100, "stereo", (44_100, 2)),
+        ("a.m4a", "aac", 48_000, "5.1", (48_000, 2)),
+        ("a.wav", "pcm_s16le", 96_000, "mono", (48_000, 1)),
+        ("a.mp3", "libmp3lame", 22_050, "mono", (22_050, 1)),
+    ],
+)
+def test_pieces_are_the_whole_sound(tmp_path, name, codec, rate, layout, read):
+    path = record(tmp_path / name, sweep(1, rate), rate, codec, layout)
+    reader = SoundReader(path)
+    assert (reader.sample_rate, reader.channels) == read
+    pieces = []
+    while len(piece := reader.read(1_764)):
+        assert piece.shape[1] == reader.channels
+        pieces.append(piece)
+    assert all(len(piece) == 1_764 for piece in pieces[:-1])
+    whole = load_audio(path, sample_rate=reader.sample_rate, channels=reader.channels)
+    np.testing.assert_array_equal(np.concatenate(pieces), whole.reshape(-1, reader.channels))
+    assert len(reader.read(10)) == 0
+
+
+def test_a_reader_of_a_film_without_sound(film):
+    with pytest.raises(MediaError, match="no audio track"):
+        SoundReader(film(frames=3))

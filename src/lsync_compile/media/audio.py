@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av.error
@@ -17,6 +20,7 @@ from lsync_compile.media.container import audio_stream, open_media, origin
 Samples = npt.NDArray[np.float32]
 
 _LAYOUTS = {1: "mono", 2: "stereo"}
+_HIGHEST_RATE = 48_000  # Hz; more is not heard, and not every player takes it
 
 
 def load_audio(path: str | Path, *, sample_rate: int = 16000, channels: int = 1) -> Samples:
@@ -37,36 +41,83 @@ def load_audio(path: str | Path, *, sample_rate: int = 16000, channels: int = 1)
     Raises:
         MediaError: the file cannot be read, is damaged, or has no sound track, or an empty one.
     """
+    sound = np.concatenate(list(_decode(path, sample_rate, channels)))
+    return sound[:, 0] if channels == 1 else sound
+
+
+class SoundReader:
+    """The first sound track of a file, read forward piece by piece, in memory of any length.
+
+    Args:
+        path: any media file with sound.
+        sample_rate: samples per second wanted; that of the track where None, at most 48,000.
+        channels: 1 or 2; those of the track where None, at most 2.
+
+    Attributes:
+        sample_rate: samples per second that are read.
+        channels: channels that are read.
+
+    Raises:
+        MediaError: the file cannot be read or has no sound track; from `read`, it is damaged.
+    """
+
+    def __init__(
+        self, path: str | Path, *, sample_rate: int | None = None, channels: int | None = None
+    ) -> None:
+        with open_media(path) as container:
+            track = audio_stream(path, container)
+            self.sample_rate = sample_rate or min(track.rate or _HIGHEST_RATE, _HIGHEST_RATE)
+            self.channels = channels or min(track.channels, 2)
+        self._blocks = _decode(path, self.sample_rate, self.channels)
+        self._rest = np.zeros((0, self.channels), dtype=np.float32)
+
+    def read(self, count: int) -> Samples:
+        """The next `count` samples, (count, channels) float32; fewer at the end of the sound."""
+        parts, have = [self._rest], len(self._rest)
+        while have < count and (block := next(self._blocks, None)) is not None:
+            parts.append(block)
+            have += len(block)
+        joined = np.concatenate(parts)
+        self._rest = joined[count:]
+        return joined[:count]
+
+
+def _decode(path: str | Path, sample_rate: int, channels: int) -> Iterator[Samples]:
+    """Blocks (m, channels) of the sound, from the file's time zero on."""
     with open_media(path) as container:
         track = audio_stream(path, container)
         resampler = _Resampler(sample_rate, channels)
-        blocks: list[Samples] = []
-        begin: Fraction | None = None
+        held: deque[Samples] = deque()  # the last codec block, of which a part may be too much
+        begun, total = False, 0
         time = lasts = Fraction(0)
         try:
-            for frame in container.decode(track):
-                if frame.pts is not None and frame.time_base is not None:
-                    time = frame.pts * frame.time_base
-                if begin is None:
-                    begin = max(Fraction(0), time - origin(container))
-                lasts = Fraction(frame.samples, frame.sample_rate)
-                blocks.extend(resampler(frame))
-            blocks.extend(resampler.flush())
+            for frame in chain(container.decode(track), [None]):
+                if frame is not None:
+                    if frame.pts is not None and frame.time_base is not None:
+                        time = frame.pts * frame.time_base
+                    if not begun:
+                        silence = round(max(Fraction(0), time - origin(container)) * sample_rate)
+                        yield np.zeros((silence, channels), dtype=np.float32)
+                        begun = True
+                    lasts = Fraction(frame.samples, frame.sample_rate)
+                for block in resampler.flush() if frame is None else resampler(frame):
+                    held.append(block.reshape(-1, channels))
+                    total += len(held[-1])
+                while sum(map(len, held)) - len(held[0] if held else ()) > lasts * sample_rate:
+                    yield held.popleft()
         except av.error.FFmpegError as error:
             raise MediaError(
                 f"{path}: sound damaged or cut off after {float(time):.2f} s ({error.strerror})"
             ) from error
         duration = None if track.time_base is None else (track.duration or 0) * track.time_base
-    if not blocks or begin is None:
-        raise MediaError(f"{path}: its audio track is empty")
-    sound = np.concatenate(blocks).reshape(-1, channels)
-    # Codecs work in blocks; MP4 says where in its last block the sound ends. Other containers only
-    # estimate their length, which is then off by more than a block and not used.
-    if duration and 0 < Fraction(len(sound), sample_rate) - duration < lasts:
-        sound = sound[: round(duration * sample_rate)]
-    silence = np.zeros((round(begin * sample_rate), channels), dtype=np.float32)
-    sound = np.concatenate([silence, sound])
-    return sound[:, 0] if channels == 1 else sound
+        if not total:
+            raise MediaError(f"{path}: its audio track is empty")
+        rest = np.concatenate(held)
+        # Codecs work in blocks; MP4 says where in its last block the sound ends. Other containers
+        # only estimate their length, which is then off by more than a block and not used.
+        if duration and 0 < Fraction(total, sample_rate) - duration < lasts:
+            rest = rest[: len(rest) - (total - round(duration * sample_rate))]
+        yield rest
 
 
 class _Resampler:

@@ -21,6 +21,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from lsync_compile.errors import MediaError
+from lsync_compile.media.audio import SoundReader
 from lsync_compile.media.colour import EXACT, ColourTags
 
 Frame = npt.NDArray[np.uint8]
@@ -46,8 +47,9 @@ class VideoWriter:
         width: width of the frames in pixels.
         height: height of the frames in pixels.
         fps: frames per second.
-        audio: (n,) or (n, channels) float32 in [-1, 1]; None for a silent film.
-        sample_rate: samples per second of `audio`.
+        audio: (n,) or (n, channels) float32 in [-1, 1], or a `SoundReader`, which is read as the
+            frames come; None for a silent film.
+        sample_rate: samples per second of an `audio` array; a reader knows its own.
         crf: constant quality of x264 and x265, 0 (lossless) to 51; 18 is visually lossless.
         codec: FFmpeg's name of the video encoder.
         preset: the encoder's trade of time against size at the same quality.
@@ -67,7 +69,7 @@ class VideoWriter:
         height: int,
         *,
         fps: float = 25,
-        audio: npt.NDArray[np.float32] | None = None,
+        audio: npt.NDArray[np.float32] | SoundReader | None = None,
         sample_rate: int = 16000,
         crf: int = 18,
         codec: str = "libx264",
@@ -79,8 +81,7 @@ class VideoWriter:
         self.frames_written = 0
         self._size = (width, height)
         self._fps = Fraction(fps).limit_denominator(1001)
-        self._sample_rate = sample_rate
-        self._audio = None if audio is None else audio.reshape(len(audio), -1)
+        self._audio = _ArrayReader(audio, sample_rate) if isinstance(audio, np.ndarray) else audio
         self._samples_written = 0
         self._container: OutputContainer | None = None
         self._colour = (colour or ColourTags(1, 1, 1)).writable(height)
@@ -169,9 +170,9 @@ class VideoWriter:
         self._video = video
         self._sound: AudioStream | None = None
         if self._audio is not None:
-            layout = {1: "mono", 2: "stereo"}[self._audio.shape[1]]
-            self._sound = container.add_stream("aac", rate=self._sample_rate, layout=layout)
-            self._sound.bit_rate = _AUDIO_BIT_RATE * self._audio.shape[1]
+            layout = {1: "mono", 2: "stereo"}[self._audio.channels]
+            self._sound = container.add_stream("aac", rate=self._audio.sample_rate, layout=layout)
+            self._sound.bit_rate = _AUDIO_BIT_RATE * self._audio.channels
         try:
             # Opens the encoders and writes the header, so that what cannot work fails now.
             container.start_encoding()
@@ -182,8 +183,9 @@ class VideoWriter:
         """Encode the sound up to the end of the last frame."""
         if self._audio is None or self._sound is None:
             return
-        end = math.floor(self.frames_written * self._sample_rate / self._fps + Fraction(1, 2))
-        block = self._audio[self._samples_written : end]
+        rate = self._audio.sample_rate
+        end = math.floor(self.frames_written * rate / self._fps + Fraction(1, 2))
+        block = self._audio.read(end - self._samples_written)
         missing = end - self._samples_written - len(block)
         block = np.pad(block, ((0, missing), (0, 0)))
         samples = AudioFrame.from_ndarray(
@@ -191,9 +193,9 @@ class VideoWriter:
             format="fltp",
             layout=self._sound.codec_context.layout.name,
         )
-        samples.sample_rate = self._sample_rate
+        samples.sample_rate = rate
         samples.pts = self._samples_written
-        samples.time_base = Fraction(1, self._sample_rate)
+        samples.time_base = Fraction(1, rate)
         self._samples_written = end
         self._encode(self._sound, samples)
 
@@ -227,3 +229,17 @@ class VideoWriter:
             with contextlib.suppress(av.error.FFmpegError):
                 container.close()
         self._temporary.unlink(missing_ok=True)
+
+
+class _ArrayReader:
+    """Sound in memory, read forward as a `SoundReader` is."""
+
+    def __init__(self, samples: npt.NDArray[np.float32], sample_rate: int) -> None:
+        self.sample_rate = sample_rate
+        self._samples = samples.reshape(len(samples), -1)
+        self.channels = self._samples.shape[1]
+        self._read = 0
+
+    def read(self, count: int) -> npt.NDArray[np.float32]:
+        begin, self._read = self._read, self._read + count
+        return self._samples[begin : self._read]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lsync_compile.errors import MediaError, MemoryLimitError
 from lsync_compile.media.align import restore_face
-from lsync_compile.media.audio import load_audio
+from lsync_compile.media.audio import SoundReader, load_audio
 from lsync_compile.media.faces import FaceDetector, Frame, create_detector
 from lsync_compile.media.mask import mouth_mask
 from lsync_compile.media.tracking import Chunk, FaceTracker, read_chunks
@@ -245,8 +245,7 @@ class LatentSyncPipeline(DiffusionPipeline):
             info.width,
             info.height,
             fps=video_fps,
-            audio=job.sound,
-            sample_rate=audio_sample_rate,
+            audio=SoundReader(video_path if audio_path is None else audio_path),
             colour=info.colour,
             pixel_aspect=info.pixel_aspect,
         ) as writer:
