@@ -68,6 +68,10 @@ Checkpoint = Annotated[
     str,
     typer.Option(help="'mini' (bundled) or the folder of a LatentSync 1.5/1.6 checkpoint."),
 ]
+Resolution = Annotated[
+    int | None,
+    typer.Option(help="Side of the face in pixels, for checkpoints in which nothing says so."),
+]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; the first GPU if any.")]
 NumberFormat = Annotated[
     DType | None, typer.Option(help="float16 on a GPU and float32 on a CPU by default.")
@@ -102,6 +106,7 @@ def sync(
         Path, typer.Option("--output", "-o", help="MP4 to write; replaced only when finished.")
     ] = Path("out.mp4"),
     checkpoint: Checkpoint = "mini",
+    resolution: Resolution = None,
     preset: Annotated[Preset, typer.Option(help="Options as a set.")] = Preset.balanced,
     lowering: Annotated[
         Lowering | None,
@@ -148,6 +153,7 @@ def sync(
             torch_dtype=choose_dtype(dtype, place),
             device=place,
             detector=detector.value,
+            resolution=resolution,
         )
     if compiled:
         options: dict[str, Any] = {"preset": preset.value, "strict": strict}
@@ -197,6 +203,7 @@ def sync(
 @app.command()
 def explain(
     checkpoint: Checkpoint = "mini",
+    resolution: Resolution = None,
     preset: Annotated[Preset, typer.Option(help="Options as a set.")] = Preset.balanced,
     lowering: Annotated[Lowering, typer.Option(help="What would run it.")] = Lowering.eager,
     num_frames: Annotated[int, typer.Option(min=1, help="Frames a chunk.")] = 16,
@@ -215,7 +222,7 @@ def explain(
     place = choose_device(device)
     number_format = choose_dtype(dtype, place)
     pipe = lsync_compile.LatentSyncPipeline.from_pretrained(
-        checkpoint, torch_dtype=number_format, device=place
+        checkpoint, torch_dtype=number_format, device=place, resolution=resolution
     )
     explanation = explain_module(
         pipe.unet,
