@@ -3,18 +3,23 @@
     python benchmarks/memory.py [--clip CLIP --speech WAV] [--times 8] [--steps 1]
 
 Syncs a clip, and the same clip and speech repeated, each in a process of its own through the
-``lsync`` command line, and records the peak resident memory of each. On a GPU the report's peak
-device memory is recorded too.
+``lsync`` command line, and records the resident memory of each: its peak, and its mean over each
+quarter of the run, which shows a growth that the noise of a peak would hide. On a GPU the report's
+peak device memory is recorded too.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +54,13 @@ def sync(clip: Path, steps: int, folder: Path) -> dict[str, Any]:
         "-o", str(folder / "out.mp4"), "--steps", str(steps), "--json",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    samples: list[float] = []
+    watcher = threading.Thread(target=watch, args=(process.pid, samples))
+    watcher.start()
     assert process.stdout is not None
     text = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
+    watcher.join()
     if status:
         raise SystemExit(f"lsync sync failed on {clip}")
     summary = json.loads(text)
@@ -59,8 +68,32 @@ def sync(clip: Path, steps: int, folder: Path) -> dict[str, Any]:
         "frames": summary["frames"],
         "seconds": summary["seconds"],
         "peak_resident_mib": round(usage.ru_maxrss / 1024, 1),
+        "mean_resident_mib_by_quarter": [
+            round(statistics.mean(part)) for part in quarters(samples)
+        ],
         "peak_device_mib": summary["peak_device_mib"],
     }
+
+
+def watch(pid: int, samples: list[float], every: float = 0.2) -> None:
+    """Append the resident memory of a process in MiB until it is gone (Linux)."""
+    page = os.sysconf("SC_PAGE_SIZE") / 2**20
+    statistics_file = Path(f"/proc/{pid}/statm")
+    while True:
+        try:
+            resident = int(statistics_file.read_text().split()[1])
+        except (OSError, IndexError):
+            return
+        if resident == 0:  # ended, not yet waited for
+            return
+        samples.append(resident * page)
+        time.sleep(every)
+
+
+def quarters(samples: list[float]) -> list[list[float]]:
+    """Four equal parts, in order."""
+    edges = [round(len(samples) * part / 4) for part in range(5)]
+    return [samples[begin:end] for begin, end in itertools.pairwise(edges)]
 
 
 def main() -> None:

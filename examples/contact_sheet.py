@@ -1,6 +1,6 @@
 """Frames of two clips above each other in one picture: the clip and what was made of it.
 
-    python examples/contact_sheet.py in.mp4 out.mp4 sheet.jpg --columns 8 --crop 60 90 320 350
+python examples/contact_sheet.py in.mp4 out.mp4 sheet.jpg --columns 8 --crop 60 90 320 350
 """
 
 from __future__ import annotations

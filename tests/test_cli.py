@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lsync_compile import cli
+from lsync_compile.doctor import Finding
 from lsync_compile.media.video import read_frames
 from lsync_compile.models.pipeline import LatentSyncPipeline
 
@@ -176,6 +177,14 @@ def test_doctor_finds_what_this_test_run_needs(lsync: Callable) -> None:
     states = {finding["name"]: finding["state"] for finding in json.loads(text)}
     assert states["codec libx264"] == "ok"
     assert states["backend"] == "ok"
+
+
+def test_doctor_prints_extras_as_pip_takes_them(
+    lsync: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = Finding("extra quality", "warning", 'pip install "lsync-compile[quality]"')
+    monkeypatch.setattr("lsync_compile.doctor.examine", lambda: [finding])
+    assert "lsync-compile[quality]" in lsync("doctor")[1]
 
 
 def test_explain_names_graph_and_passes(lsync: Callable) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lsync_compile import __version__
@@ -249,7 +250,8 @@ def doctor(as_json: AsJson = False) -> None:
         console = Console()
         marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failed": "[red]failed[/]"}
         for finding in findings:
-            console.print(f"{marks[finding.state]:>18}  [bold]{finding.name}[/]: {finding.detail}")
+            detail = escape(finding.detail)  # pip's [extras] are no markup
+            console.print(f"{marks[finding.state]:>18}  [bold]{finding.name}[/]: {detail}")
     if any(finding.state == "failed" for finding in findings):
         raise typer.Exit(1)
 
