@@ -44,7 +44,7 @@ def main() -> None:
         row(path, positions, crop, arguments.width) for path in (arguments.before, arguments.after)
     ]
     picture = np.concatenate(rows, axis=0)
-    cv2.imwrite(str(arguments.sheet), picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
+    cv2.imwrite(str(arguments.sheet), picture[..., ::-1])
 
 
 if __name__ == "__main__":
