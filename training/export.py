@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         small = Image.open(sheet)
         small.thumbnail((1400, 2000))
         small.convert("RGB").save(args.docs / f"{sheet.stem}.jpg", quality=85)
+    (args.docs / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
     (args.to / "README.md").write_text(card(runs, evaluation, args.device_name))
     print(f"{args.to}: {folder_size(args.to) / 1e6:.2f} MB of {LIMIT / 1e6:.0f} MB")
 
@@ -240,7 +241,7 @@ at the mouth), the upper bound of anything this model draws.
 - Fine articulation: it was trained on {sum(r["trained on"] for r in real) / 25:.0f} seconds of
   real speech.
 
-Losses: `docs/mini/curves.png`; frames: `docs/mini/`.
+Losses: `docs/mini/curves.png`; all figures: `docs/mini/evaluation.json`; frames beside them.
 """
 
 
