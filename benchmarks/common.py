@@ -15,34 +15,12 @@ from typing import Any
 
 import torch
 
+from lsync_compile.models.config import LATENTSYNC_UNET
+
 RESULTS = Path(__file__).parent / "results"
 
-# The UNet of LatentSync 1.5 and 1.6 (configs/unet/stage2_512.yaml), 1,267 M parameters.
-STAGE2_512: dict[str, Any] = {
-    "sample_size": 64,
-    "in_channels": 13,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 384,
-    "norm_num_groups": 32,
-    "use_motion_module": True,
-    "motion_module_resolutions": (1, 2, 4, 8),
-    "motion_module_mid_block": False,
-    "motion_module_decoder_only": False,
-    "motion_module_type": "Vanilla",
-    "motion_module_kwargs": {
-        "num_attention_heads": 8,
-        "num_transformer_block": 1,
-        "attention_block_types": ("Temporal_Self", "Temporal_Self"),
-        "temporal_position_encoding": True,
-        "temporal_position_encoding_max_len": 24,
-        "temporal_attention_dim_div": 1,
-        "zero_initialize": True,
-    },
-    "add_audio_layer": True,
-}
+# The UNet of LatentSync 1.6 (configs/unet/stage2_512.yaml), 1,267 M parameters.
+STAGE2_512: dict[str, Any] = {**LATENTSYNC_UNET, "sample_size": 64}
 
 
 @dataclass(frozen=True)

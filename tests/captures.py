@@ -11,34 +11,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from lsync_compile.graph.copying import copy_graph
+from lsync_compile.models.config import LATENTSYNC_UNET
 from lsync_compile.models.unet import UNet3DConditionModel
 
 # LatentSync's layout with two layers a level, as in its checkpoints, at widths for a CPU.
 UNET_CONFIG: dict[str, Any] = {
+    **LATENTSYNC_UNET,
     "sample_size": 16,
-    "in_channels": 13,
-    "out_channels": 4,
     "block_out_channels": (32, 64, 64, 64),
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 384,
-    "norm_num_groups": 32,
-    "mid_block_scale_factor": 1,
-    "use_motion_module": True,
-    "motion_module_resolutions": (1, 2, 4, 8),
-    "motion_module_mid_block": False,
-    "motion_module_decoder_only": False,
-    "motion_module_type": "Vanilla",
-    "motion_module_kwargs": {
-        "num_attention_heads": 8,
-        "num_transformer_block": 1,
-        "attention_block_types": ("Temporal_Self", "Temporal_Self"),
-        "temporal_position_encoding": True,
-        "temporal_position_encoding_max_len": 24,
-        "temporal_attention_dim_div": 1,
-        "zero_initialize": True,
-    },
-    "add_audio_layer": True,
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from lsync_compile.media.faces import Face
+from lsync_compile.models.config import LATENTSYNC_UNET
 from lsync_compile.models.mel_encoder import MelAudioEncoder
 from lsync_compile.models.pipeline import LatentSyncPipeline
 from lsync_compile.models.scheduler import default_scheduler
@@ -21,27 +22,13 @@ from lsync_compile.models.unet import UNet3DConditionModel
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 TINY_UNET = {
+    **LATENTSYNC_UNET,
     "sample_size": 8,
-    "in_channels": 13,
-    "out_channels": 4,
     "block_out_channels": (16, 16, 16, 16),
     "layers_per_block": 1,
     "attention_head_dim": 2,
-    "cross_attention_dim": 384,
     "norm_num_groups": 4,
-    "use_motion_module": True,
-    "motion_module_resolutions": (1, 2, 4, 8),
-    "motion_module_type": "Vanilla",
-    "motion_module_kwargs": {
-        "num_attention_heads": 2,
-        "num_transformer_block": 1,
-        "attention_block_types": ("Temporal_Self", "Temporal_Self"),
-        "temporal_position_encoding": True,
-        "temporal_position_encoding_max_len": 24,
-        "temporal_attention_dim_div": 1,
-        "zero_initialize": True,
-    },
-    "add_audio_layer": True,
+    "motion_module_kwargs": {**LATENTSYNC_UNET["motion_module_kwargs"], "num_attention_heads": 2},
 }
 
 
