@@ -1,7 +1,8 @@
 """What both training scripts share: a wall-clock budget, fp32 master weights, a progress line.
 
-A run is bounded by time rather than steps, because GPUs are paid by the minute. The learning rate therefore follows the share of the budget that is gone, counted over
-all calls of a run, so that a run interrupted half-way and resumed ends where it should.
+A run is bounded by time rather than steps, because GPUs are paid by the minute. The learning rate
+therefore follows the share of the budget that is gone, counted over all calls of a run, so that a
+run interrupted half-way and resumed ends where it should.
 """
 
 from __future__ import annotations
