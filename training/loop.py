@@ -224,6 +224,25 @@ def load_state(path: Path, device: torch.device) -> dict[str, Any]:
     return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
 
 
+def save_run(path: Path, trainer: Trainer, step: int, budget: Budget, log: Log) -> None:
+    """Keep all that a later call needs to go on."""
+    state = {
+        "trainer": trainer.state(),
+        "step": step,
+        "seconds": budget.seconds(),
+        "points": log.points,
+    }
+    save_state(path, state)
+
+
+def load_run(path: Path, trainer: Trainer, budget: Budget, log: Log, device: torch.device) -> int:
+    """Go on from what `save_run` kept; returns the number of steps done."""
+    saved = load_state(path, device)
+    trainer.load_state(saved["trainer"])
+    budget.used, log.points = saved["seconds"], saved["points"]
+    return int(saved["step"])
+
+
 def save_half(path: Path, weights: dict[str, Tensor]) -> None:
     """fp16 safetensors; raises when a value does not fit fp16."""
     half = {name: w.detach().half().contiguous().cpu() for name, w in weights.items()}

@@ -37,9 +37,9 @@ from training.loop import (
     Log,
     Trainer,
     learning_rate,
-    load_state,
+    load_run,
     save_half,
-    save_state,
+    save_run,
     set_up,
     write_json,
 )
@@ -132,9 +132,9 @@ def main(arguments: list[str] | None = None) -> None:
             log.line(step, lr=rate, **extra)
             log.reset_clock()
         if step % args.save_every == 0:
-            save(state, trainer, step, budget, log)
+            save_run(state, trainer, step, budget, log)
 
-    save(state, trainer, step, budget, log)
+    save_run(state, trainer, step, budget, log)
     finish(args, trainer, pair, footage, bank, log, complete=budget.finished(step))
 
 
@@ -164,9 +164,7 @@ def resume(
 ) -> int:
     """Load what an earlier call left; returns the number of steps done."""
     if state.exists():
-        saved = load_state(state, device)
-        trainer.load_state(saved["trainer"])
-        step, budget.used, log.points = saved["step"], saved["seconds"], saved["points"]
+        step = load_run(state, trainer, budget, log, device)
     elif args.init is not None:
         position = json.loads((args.init / "train_unet.json").read_text())
         step, budget.used, log.points = (position[k] for k in ("steps", "seconds", "curve"))
@@ -225,18 +223,6 @@ def check(
     features = pair.audio(mel.to(dtype))
     errors = probe(pair.unet, features, held_out, levels, mask, region, seed=3, dtype=dtype)
     return {f"val_{name}": value for name, value in errors.items()}
-
-
-def save(path: Path, trainer: Trainer, step: int, budget: Budget, log: Log) -> None:
-    save_state(
-        path,
-        {
-            "trainer": trainer.state(),
-            "step": step,
-            "seconds": budget.seconds(),
-            "points": log.points,
-        },
-    )
 
 
 @torch.no_grad()

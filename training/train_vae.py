@@ -24,9 +24,9 @@ from training.loop import (
     Log,
     Trainer,
     learning_rate,
-    load_state,
+    load_run,
     save_half,
-    save_state,
+    save_run,
     set_up,
     write_json,
 )
@@ -48,9 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     state = args.state / "vae.pt"
     step = 0
     if state.exists():
-        saved = load_state(state, device)
-        trainer.load_state(saved["trainer"])
-        step, budget.used, log.points = saved["step"], saved["seconds"], saved["points"]
+        step = load_run(state, trainer, budget, log, device)
         torch.manual_seed(args.seed + step)
         print(f"vae: resumed at step {step}, {budget.used:.0f} s used", flush=True)
 
@@ -85,9 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
             log.line(step, lr=rate, **extra)
             log.reset_clock()
         if step % args.save_every == 0:
-            save(state, trainer, step, budget, log)
+            save_run(state, trainer, step, budget, log)
 
-    save(state, trainer, step, budget, log)
+    save_run(state, trainer, step, budget, log)
     finish(args, trainer, vae, footage, pool, log, complete=budget.finished(step))
 
 
@@ -127,18 +125,6 @@ def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
     output: Tensor = vae.decode(latents).sample.float().clamp(-1, 1)
     return output
-
-
-def save(path: Path, trainer: Trainer, step: int, budget: Budget, log: Log) -> None:
-    save_state(
-        path,
-        {
-            "trainer": trainer.state(),
-            "step": step,
-            "seconds": budget.seconds(),
-            "points": log.points,
-        },
-    )
 
 
 @torch.no_grad()
