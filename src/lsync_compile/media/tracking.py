@@ -141,14 +141,13 @@ def nearest_valid(valid: list[bool]) -> list[int | None]:
 
 
 def _crop_faces(chunk: Chunk, resolution: int) -> torch.Tensor | None:
-    donors = nearest_valid(chunk.has_face)
-    if not any(chunk.has_face):
+    crops = {
+        place: crop_face(frame, matrix, resolution)
+        for place, (frame, matrix) in enumerate(zip(chunk.frames, chunk.matrices, strict=True))
+        if matrix is not None
+    }
+    if not crops:
         return None
-    crops: dict[int, Frame] = {}
-    for donor in donors:
-        assert donor is not None
-        matrix = chunk.matrices[donor]
-        if donor not in crops and matrix is not None:
-            crops[donor] = crop_face(chunk.frames[donor], matrix, resolution)
+    donors = nearest_valid(chunk.has_face)
     stacked = np.stack([crops[donor] for donor in donors if donor is not None])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2)
