@@ -8,11 +8,9 @@ not depend on the length of the clip. Argument names follow the original ``Lipsy
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +46,8 @@ from lsync_compile.models.job import (
     check_resolution,
 )
 from lsync_compile.models.scheduler import default_scheduler
+from lsync_compile.models.synthesis import ChunkSynthesizer
 from lsync_compile.models.unet import UNet3DConditionModel
-from lsync_compile.runtime.context import step_context
-
-
-@dataclass(frozen=True)
-class _Conditions:
-    """What a chunk's denoising is conditioned on; h = w = R / 8, batch 2 with guidance."""
-
-    audio: Tensor | None  # (2 f, S, D), the null half first
-    fixed: Tensor  # (2, 9, f, h, w): mask, masked-image latents, reference latents
-    pixels: Tensor  # (f, 3, R, R) in [-1, 1]
 
 
 class LatentSyncPipeline(DiffusionPipeline):
@@ -335,10 +324,11 @@ class LatentSyncPipeline(DiffusionPipeline):
     def _run(self, job: Job) -> Iterator[ChunkResult]:
         """Stream a planned job, one chunk after the other."""
         features = self.audio_encoder.open(torch.from_numpy(job.sound))
-        noise = self._initial_noise(job)
+        generate = ChunkSynthesizer(
+            self.vae, self.unet, self.scheduler, job, self._execution_device
+        )
         total = job.chunks * job.num_inference_steps
         bar = self.progress_bar(total=total) if job.progress is None else None
-        run = object()
         self.unet.eval()
         try:
             begin = time.perf_counter()
@@ -354,7 +344,9 @@ class LatentSyncPipeline(DiffusionPipeline):
                         bar.update(done + step - bar.n)
 
                 audio = audio_windows(features, chunk.start, len(chunk), fps=job.fps)
-                synced = self._synthesize_chunk(job, chunk, audio, noise, run, advance)
+                synced = None
+                if chunk.faces is not None:
+                    synced = generate(chunk.index, chunk.faces, audio, advance)
                 advance(job.num_inference_steps)
                 frames = self._restore(chunk, synced)
                 yield ChunkResult(
@@ -378,103 +370,6 @@ class LatentSyncPipeline(DiffusionPipeline):
         finally:
             if bar is not None:
                 bar.close()
-
-    @torch.no_grad()
-    def _synthesize_chunk(
-        self,
-        job: Job,
-        chunk: Chunk,
-        audio: Tensor,
-        noise: Tensor,
-        run: object,
-        advance: Callable[[int], None],
-    ) -> Tensor | None:
-        """Generated faces (f, 3, R, R) in [-1, 1]; None if no frame of the chunk shows a face."""
-        if chunk.faces is None:
-            return None
-        conditions = self._condition(job, chunk.faces, audio)
-        latents = noise.expand(-1, -1, len(chunk), -1, -1)
-        latents = self._denoise(job, latents, conditions, (run, chunk.index), advance)
-        return self._decode(latents, conditions.pixels, job.mask)
-
-    def _initial_noise(self, job: Job) -> Tensor:
-        """(1, 4, 1, h, w): one frame of noise shared by all frames of the run."""
-        side = job.mask.shape[-1] // self.vae_scale_factor
-        device = self._execution_device if job.generator is None else job.generator.device
-        return torch.randn(
-            (1, self.vae.config.latent_channels, 1, side, side),
-            generator=job.generator,
-            device=device,
-            dtype=self.unet.dtype,
-        ).to(self._execution_device)
-
-    def _encode(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-        """(f, 3, R, R) in [-1, 1] to scaled latents (1, 4, f, h, w)."""
-        latents: Tensor = self.vae.encode(pixels).latent_dist.sample(generator)
-        shift = self.vae.config.shift_factor or 0.0
-        latents = (latents - shift) * self.vae.config.scaling_factor
-        return latents.transpose(0, 1).unsqueeze(0)
-
-    def _condition(self, job: Job, faces: Tensor, audio: Tensor) -> _Conditions:
-        """Encode a chunk: faces (f, 3, R, R) uint8, audio (f, S, D)."""
-        device, dtype = self._execution_device, self.unet.dtype
-        pixels = (faces.to(device).float() / 255.0 - 0.5) / 0.5
-        # The order of the two random draws is part of the result: masked first, then reference.
-        masked_latents = self._encode((pixels * job.mask).to(dtype), job.generator)
-        reference_latents = self._encode(pixels.to(dtype), job.generator)
-        side = masked_latents.shape[-1]
-        small_mask = torch.nn.functional.interpolate(job.mask[None], size=(side, side))
-        small_mask = small_mask.unsqueeze(2).expand(1, 1, len(faces), side, side)
-        fixed = torch.cat([small_mask.to(dtype), masked_latents, reference_latents], dim=1)
-        audio = audio.to(device=device, dtype=dtype)
-        if job.guided:
-            fixed = torch.cat([fixed, fixed])
-            audio = torch.cat([torch.zeros_like(audio), audio])
-        has_audio = self.unet.config.add_audio_layer
-        return _Conditions(audio if has_audio else None, fixed, pixels)
-
-    def _denoise(
-        self,
-        job: Job,
-        latents: Tensor,
-        conditions: _Conditions,
-        place: tuple[object, int],
-        advance: Callable[[int], None],
-    ) -> Tensor:
-        """Noise (1, 4, f, h, w) to clean latents of the same shape; ``place`` is (run, chunk)."""
-        # Set anew for each chunk: multi-step solvers keep the last chunk's history otherwise.
-        self.scheduler.set_timesteps(job.num_inference_steps, device=latents.device)
-        latents = latents * self.scheduler.init_noise_sigma
-        extra = self._scheduler_arguments(job)
-        timesteps = self.scheduler.timesteps
-        run, chunk = place
-        for step, timestep in enumerate(timesteps):
-            sample = self.scheduler.scale_model_input(latents, timestep)
-            sample = torch.cat([sample, sample]) if job.guided else sample
-            sample = torch.cat([sample, conditions.fixed], dim=1)
-            with step_context(run=run, chunk=chunk, step=step, steps=len(timesteps)):
-                noise = self.unet(sample, timestep, encoder_hidden_states=conditions.audio).sample
-            if job.guided:
-                null, heard = noise.chunk(2)
-                noise = null + job.guidance_scale * (heard - null)
-            latents = self.scheduler.step(noise, timestep, latents, **extra).prev_sample
-            advance(step + 1)
-            if job.callback is not None and step % job.callback_steps == 0:
-                job.callback(step, timestep, latents)
-        return latents
-
-    def _scheduler_arguments(self, job: Job) -> dict[str, object]:
-        """The arguments of ``scheduler.step`` that not every scheduler takes."""
-        offered: dict[str, object] = {"eta": job.eta, "generator": job.generator}
-        accepted = inspect.signature(self.scheduler.step).parameters
-        return {name: value for name, value in offered.items() if name in accepted}
-
-    def _decode(self, latents: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
-        """Latents (1, 4, f, h, w) to faces (f, 3, R, R) in [-1, 1], surroundings pasted back."""
-        shift = self.vae.config.shift_factor or 0.0
-        flat = (latents / self.vae.config.scaling_factor + shift)[0].transpose(0, 1)
-        decoded: Tensor = self.vae.decode(flat).sample
-        return decoded * (1 - mask).to(decoded.dtype) + (pixels * mask).to(decoded.dtype)
 
     def _restore(self, chunk: Chunk, synced: Tensor | None) -> list[Frame]:
         """Paste the generated faces into the chunk's pictures; others pass through."""

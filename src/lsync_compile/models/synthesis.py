@@ -1,0 +1,158 @@
+"""One chunk through the networks: encode, denoise, decode. Knows tensors, no files and no frames.
+
+A chunk of f aligned faces is generated from noise under three conditions (LatentSync,
+arXiv:2412.09262): the faces with the mouth masked out, the same faces unmasked as a reference for
+the person's looks, and the sound of each frame.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsync_compile.models.job import Job
+from lsync_compile.models.unet import UNet3DConditionModel
+from lsync_compile.runtime.context import step_context
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a chunk's denoising is conditioned on; h = w = R / 8, batch 2 with guidance."""
+
+    audio: Tensor | None  # (2 f, S, D), the null half first
+    fixed: Tensor  # (2, 9, f, h, w): mask, masked-image latents, reference latents
+    pixels: Tensor  # (f, 3, R, R) in [-1, 1]
+
+
+class ChunkSynthesizer:
+    """Generates the faces of a run's chunks, one chunk a call.
+
+    Made anew for each run and given its networks then; the only thing kept from chunk to chunk is
+    the noise that all frames of a run share.
+
+    Args:
+        vae, unet, scheduler: the pipeline's.
+        job: the run's arguments; its generator gives the random numbers.
+        device: where the networks are.
+    """
+
+    def __init__(
+        self,
+        vae: Any,
+        unet: UNet3DConditionModel,
+        scheduler: Any,
+        job: Job,
+        device: torch.device,
+    ) -> None:
+        self.vae = vae
+        self.unet = unet
+        self.scheduler = scheduler
+        self.job = job
+        self.device = device
+        self.run = object()  # unequal to every other run's
+        self.noise = self._initial_noise()
+
+    @torch.no_grad()
+    def __call__(
+        self, chunk: int, faces: Tensor, audio: Tensor, advance: Callable[[int], None]
+    ) -> Tensor:
+        """Generate the faces of a chunk.
+
+        Args:
+            chunk: its number in the run, from 0.
+            faces: (f, 3, R, R) uint8, aligned faces of the clip.
+            audio: (f, S, D) float32, the sound of each frame.
+            advance: called with the number of finished steps after each.
+
+        Returns:
+            (f, 3, R, R) in [-1, 1], the UNet's dtype: the mouth generated, the rest as in faces.
+        """
+        conditions = self._condition(faces, audio)
+        latents = self.noise.expand(-1, -1, len(faces), -1, -1)
+        latents = self._denoise(latents, conditions, chunk, advance)
+        return self._decode(latents, conditions.pixels)
+
+    def _initial_noise(self) -> Tensor:
+        """(1, 4, 1, h, w): one frame of noise shared by all frames of the run."""
+        generator = self.job.generator
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        side = self.job.mask.shape[-1] // factor
+        return torch.randn(
+            (1, self.vae.config.latent_channels, 1, side, side),
+            generator=generator,
+            device=self.device if generator is None else generator.device,
+            dtype=self.unet.dtype,
+        ).to(self.device)
+
+    def _condition(self, faces: Tensor, audio: Tensor) -> Conditions:
+        """Encode a chunk: faces (f, 3, R, R) uint8, audio (f, S, D)."""
+        job, dtype = self.job, self.unet.dtype
+        pixels = (faces.to(self.device).float() / 255.0 - 0.5) / 0.5
+        # The order of the two random draws is part of the result: masked first, then reference.
+        masked_latents = self._encode((pixels * job.mask).to(dtype))
+        reference_latents = self._encode(pixels.to(dtype))
+        side = masked_latents.shape[-1]
+        small_mask = torch.nn.functional.interpolate(job.mask[None], size=(side, side))
+        small_mask = small_mask.unsqueeze(2).expand(1, 1, len(faces), side, side)
+        fixed = torch.cat([small_mask.to(dtype), masked_latents, reference_latents], dim=1)
+        audio = audio.to(device=self.device, dtype=dtype)
+        if job.guided:
+            fixed = torch.cat([fixed, fixed])
+            audio = torch.cat([torch.zeros_like(audio), audio])
+        has_audio = self.unet.config.add_audio_layer
+        return Conditions(audio if has_audio else None, fixed, pixels)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """(f, 3, R, R) in [-1, 1] to scaled latents (1, 4, f, h, w)."""
+        latents: Tensor = self.vae.encode(pixels).latent_dist.sample(self.job.generator)
+        shift = self.vae.config.shift_factor or 0.0
+        latents = (latents - shift) * self.vae.config.scaling_factor
+        return latents.transpose(0, 1).unsqueeze(0)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        conditions: Conditions,
+        chunk: int,
+        advance: Callable[[int], None],
+    ) -> Tensor:
+        """Noise (1, 4, f, h, w) to clean latents of the same shape."""
+        job = self.job
+        # Set anew for each chunk: multi-step solvers keep the last chunk's history otherwise.
+        self.scheduler.set_timesteps(job.num_inference_steps, device=latents.device)
+        latents = latents * self.scheduler.init_noise_sigma
+        extra = self._scheduler_arguments()
+        timesteps = self.scheduler.timesteps
+        for step, timestep in enumerate(timesteps):
+            sample = self.scheduler.scale_model_input(latents, timestep)
+            sample = torch.cat([sample, sample]) if job.guided else sample
+            sample = torch.cat([sample, conditions.fixed], dim=1)
+            with step_context(run=self.run, chunk=chunk, step=step, steps=len(timesteps)):
+                noise = self.unet(sample, timestep, encoder_hidden_states=conditions.audio).sample
+            if job.guided:
+                null, heard = noise.chunk(2)
+                noise = null + job.guidance_scale * (heard - null)
+            latents = self.scheduler.step(noise, timestep, latents, **extra).prev_sample
+            advance(step + 1)
+            if job.callback is not None and step % job.callback_steps == 0:
+                job.callback(step, timestep, latents)
+        return latents
+
+    def _scheduler_arguments(self) -> dict[str, object]:
+        """The arguments of ``scheduler.step`` that not every scheduler takes."""
+        offered: dict[str, object] = {"eta": self.job.eta, "generator": self.job.generator}
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in offered.items() if name in accepted}
+
+    def _decode(self, latents: Tensor, pixels: Tensor) -> Tensor:
+        """Latents (1, 4, f, h, w) to faces (f, 3, R, R) in [-1, 1], surroundings pasted back."""
+        mask = self.job.mask
+        shift = self.vae.config.shift_factor or 0.0
+        flat = (latents / self.vae.config.scaling_factor + shift)[0].transpose(0, 1)
+        decoded: Tensor = self.vae.decode(flat).sample
+        return decoded * (1 - mask).to(decoded.dtype) + (pixels * mask).to(decoded.dtype)
