@@ -67,6 +67,14 @@ class Options:
     share_repeated: bool = field(
         default=True, metadata=_about("Pass: compute equal operations on equal inputs once.")
     )
+    kernels: str = field(
+        default="auto",
+        metadata=_about(
+            "Passes that put this package's Triton kernels into graphs: `auto` for graphs on a "
+            "GPU, `on` also on a CPU, where slow references stand in for the kernels, `off` never.",
+            choices=("auto", "on", "off"),
+        ),
+    )
     inductor: Mapping[str, Any] = field(
         default_factory=dict,
         hash=False,
