@@ -1,0 +1,97 @@
+"""One chunk through the networks: how it is encoded, apart from clips and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lsync_compile.models.job import Job
+from lsync_compile.models.pipeline import LatentSyncPipeline
+from lsync_compile.models.synthesis import ChunkSynthesizer
+
+FRAMES = 5
+
+
+def synthesizer(pipeline: LatentSyncPipeline, seed: int = 3) -> ChunkSynthesizer:
+    """For a run without clip and sound, which the networks never see."""
+    job = Job(
+        video_path=Path("none.mp4"),
+        sound=torch.zeros(1).numpy(),
+        count=FRAMES,
+        fps=25,
+        num_frames=FRAMES,
+        num_inference_steps=2,
+        guidance_scale=1.5,
+        eta=0.0,
+        mask=pipeline.mask,
+        generator=torch.Generator().manual_seed(seed),
+        callback=None,
+        callback_steps=1,
+        progress=None,
+        tracker=None,  # type: ignore[arg-type]
+    )
+    return ChunkSynthesizer(
+        pipeline.vae, pipeline.unet, pipeline.scheduler, job, torch.device("cpu")
+    )
+
+
+@pytest.fixture
+def pictures() -> list[Tensor]:
+    """Two sets of faces in [-1, 1], unlike each other."""
+    generator = torch.Generator().manual_seed(0)
+    return [2 * torch.rand(FRAMES, 3, 64, 64, generator=generator) - 1 for _ in range(2)]
+
+
+def test_one_encoder_call_gives_what_two_give(
+    tiny_pipeline: LatentSyncPipeline, pictures: list[Tensor]
+) -> None:
+    batches: list[int] = []
+    tiny_pipeline.vae.encoder.register_forward_pre_hook(
+        lambda _, args: batches.append(len(args[0]))
+    )
+    apart, joint = synthesizer(tiny_pipeline), synthesizer(tiny_pipeline)
+    assert not apart.joint_encoding  # on a CPU
+    joint.joint_encoding = True
+    with torch.no_grad():
+        expected, found = apart._encode(pictures), joint._encode(pictures)
+    assert batches == [FRAMES, FRAMES, 2 * FRAMES]
+    assert found[0].shape == (1, 4, FRAMES, 8, 8)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    # The generator stands where it stood: the next chunk's draws are the same too.
+    assert torch.equal(joint.job.generator.get_state(), apart.job.generator.get_state())
+
+
+def test_the_masked_faces_are_drawn_before_the_reference(
+    tiny_pipeline: LatentSyncPipeline, pictures: list[Tensor]
+) -> None:
+    """As in the original: the first draw of the chunk belongs to the masked faces."""
+    synthesize = synthesizer(tiny_pipeline)
+    generator = torch.Generator().manual_seed(3)
+    torch.randn(1, 4, 1, 8, 8, generator=generator)  # the run's initial noise
+    with torch.no_grad():
+        for joint in (False, True):
+            synthesize.joint_encoding = joint
+            found = synthesize._encode(pictures)
+            for pixels, latents in zip(pictures, found, strict=True):
+                posterior = tiny_pipeline.vae.encode(pixels).latent_dist
+                noise = torch.randn(posterior.mean.shape, generator=generator)
+                expected = 0.18215 * (posterior.mean + posterior.std * noise)
+                torch.testing.assert_close(latents[0].transpose(0, 1), expected, atol=1e-5, rtol=0)
+
+
+def test_conditions_have_mask_masked_and_reference_channels_twice(
+    tiny_pipeline: LatentSyncPipeline,
+) -> None:
+    faces = torch.randint(0, 256, (FRAMES, 3, 64, 64), dtype=torch.uint8)
+    audio = torch.randn(FRAMES, 50, 384)
+    with torch.no_grad():
+        conditions = synthesizer(tiny_pipeline)._condition(faces, audio)
+    assert conditions.fixed.shape == (2, 9, FRAMES, 8, 8)
+    assert torch.equal(conditions.fixed[0], conditions.fixed[1])
+    assert set(conditions.fixed[:, 0].unique().tolist()) == {0.0, 1.0}
+    assert conditions.audio is not None
+    assert torch.equal(conditions.audio[:FRAMES], torch.zeros_like(audio))
+    assert torch.equal(conditions.audio[FRAMES:], audio)
