@@ -57,13 +57,22 @@ class GraphCompiler:
         session: where records and options live.
         target: role of the graphs, see :class:`~lsync_compile.passes.spec.PassContext`.
         variant: 0 for the first shapes of a target; other shapes are recorded as variants of them.
+        vouched: what holds for the inputs of its graphs, see
+            :class:`~lsync_compile.passes.spec.PassContext`.
     """
 
     __name__ = "lsync"
 
-    def __init__(self, session: Session, target: str, variant: int = 0) -> None:
+    def __init__(
+        self,
+        session: Session,
+        target: str,
+        variant: int = 0,
+        vouched: frozenset[str] = frozenset(),
+    ) -> None:
         self.session = session
         self.target = target
+        self.vouched = vouched
         self._variant = variant
         self._seen: dict[int, set[str]] = {}
 
@@ -105,7 +114,8 @@ class GraphCompiler:
     def _rewrite(self, gm: GraphModule, record: GraphRecord) -> None:
         started = time.perf_counter()
         try:
-            record.passes = PassManager(self.session.options).run(gm, self.target, record.name)
+            manager = PassManager(self.session.options)
+            record.passes = manager.run(gm, self.target, record.name, self.vouched)
         except PASS_ERRORS as error:
             raise Failure("passes", error) from error
         record.pass_seconds = time.perf_counter() - started

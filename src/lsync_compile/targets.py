@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lsync_compile.backend import GraphCompiler
 from lsync_compile.errors import CompileError, LsyncError, OptionError
 from lsync_compile.report import Session
+from lsync_compile.runtime.context import current
 
 log = logging.getLogger(__name__)
 
@@ -109,15 +110,24 @@ class CompiledCall:
             return self.module._call_impl(*args, **kwargs)
 
     def _for_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-        """What is compiled for inputs like these; one for all with ``dynamic``."""
+        """What is compiled for inputs like these in a place like this.
+
+        One for all shapes with ``dynamic``. What the runtime vouches for is part of the key: a
+        graph made under it is never run without.
+        """
         leaves = () if self._dynamic else tree_leaves((args, kwargs))
-        key = tuple(
+        shapes = tuple(
             (leaf.shape, leaf.dtype, leaf.device)
             for leaf in leaves
             if isinstance(leaf, torch.Tensor)
         )
+        context = current()
+        vouched = frozenset() if context is None else context.vouched
+        key = (vouched, shapes)
         if key not in self._compiled:
-            compiler = GraphCompiler(self.session, self.role, variant=len(self._compiled))
+            compiler = GraphCompiler(
+                self.session, self.role, variant=len(self._compiled), vouched=vouched
+            )
             self._compiled[key] = torch.compile(
                 own_call(self.module),
                 backend=compiler,

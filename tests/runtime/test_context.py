@@ -37,11 +37,19 @@ def test_an_error_leaves_nothing_behind() -> None:
         {"chunk": 0, "step": -1, "steps": 20},
         {"chunk": -1, "step": 0, "steps": 20},
         {"chunk": 0, "step": 0, "steps": 1, "mode": "resue"},
+        {"chunk": 0, "step": 0, "steps": 1, "vouched": frozenset({"gudance"})},
     ],
 )
 def test_impossible_places_are_refused(arguments: dict) -> None:
-    with pytest.raises(ValueError, match=r"step|chunk|mode"):
+    with pytest.raises(ValueError, match=r"step|chunk|mode|vouched"):
         StepContext(run=0, **arguments)
+
+
+def test_what_the_runtime_knows_goes_along() -> None:
+    with step_context("a", 0, 0, 1, timestep=951.0, vouched=frozenset({"guidance"})) as context:
+        assert (context.timestep, context.vouched) == (951.0, {"guidance"})
+    with step_context("a", 0, 0, 1) as context:
+        assert (context.timestep, context.vouched) == (None, frozenset())
 
 
 def test_state_is_valid_in_one_chunk_of_one_run() -> None:

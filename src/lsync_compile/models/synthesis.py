@@ -143,11 +143,15 @@ class ChunkSynthesizer:
         latents = latents * self.scheduler.init_noise_sigma
         extra = self._scheduler_arguments()
         timesteps = self.scheduler.timesteps
+        values = timesteps.tolist()  # once a chunk: to read one in a step, the host would wait
+        vouched = self._vouched(conditions)
         for step, timestep in enumerate(timesteps):
             sample = self.scheduler.scale_model_input(latents, timestep)
             sample = torch.cat([sample, sample]) if job.guided else sample
             sample = torch.cat([sample, conditions.fixed], dim=1)
-            with step_context(run=self.run, chunk=chunk, step=step, steps=len(timesteps)):
+            with step_context(
+                self.run, chunk, step, len(values), timestep=values[step], vouched=vouched
+            ):
                 noise = self.unet(sample, timestep, encoder_hidden_states=conditions.audio).sample
             if job.guided:
                 null, heard = noise.chunk(2)
@@ -157,6 +161,17 @@ class ChunkSynthesizer:
             if job.callback is not None and step % job.callback_steps == 0:
                 job.callback(step, timestep, latents)
         return latents
+
+    def _vouched(self, conditions: Conditions) -> frozenset[str]:
+        """What holds for the UNet's inputs in all steps of a chunk, see ``runtime.context``."""
+        vouched = set()
+        if self.vae.config.latent_channels == 4:
+            vouched.add("constant_channels")
+        if self.job.guided:
+            vouched.add("guidance")
+            if conditions.audio is not None:
+                vouched.add("null_audio")
+        return frozenset(vouched)
 
     def _scheduler_arguments(self) -> dict[str, object]:
         """The arguments of ``scheduler.step`` that not every scheduler takes."""

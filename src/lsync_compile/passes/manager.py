@@ -78,18 +78,21 @@ class PassManager:
             digest.update(f"{each.spec.name}:{source_uuid(type(each))}".encode())
         return digest.hexdigest()
 
-    def run(self, gm: GraphModule, target: str, name: str) -> list[PassRecord]:
+    def run(
+        self, gm: GraphModule, target: str, name: str, vouched: frozenset[str] = frozenset()
+    ) -> list[PassRecord]:
         """Rewrite ``gm`` in place.
 
         Args:
             gm: a graph as dynamo captured it.
             target: its role, see :class:`PassContext`.
             name: names the folder of its dumps.
+            vouched: what holds for the graph's inputs, see :class:`PassContext`.
 
         Raises:
             PassError: where a pass left a broken graph.
         """
-        context = PassContext(self.options, target)
+        context = PassContext(self.options, target, vouched)
         return [
             self._run_one(index, each, gm, context, name) for index, each in enumerate(self.passes)
         ]

@@ -27,8 +27,9 @@ class Phase(IntEnum):
     """Phases run in this order, whatever ``after`` says inside each."""
 
     CLEAN = 0  # exact and local: what later passes need not see
-    REWRITE = 1  # the optimisations
-    FINISH = 2  # what depends on the final graph
+    SPECIALISE = 1  # what holds only while the runtime vouches for it
+    REWRITE = 2  # the optimisations
+    FINISH = 3  # what depends on the final graph
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,13 @@ class PassContext:
     Attributes:
         options: the options of the compiled object.
         target: the role of the graph, "unet", "vae.encoder", "vae.decoder", "module", "function".
+        vouched: what the runtime vouches for, keys of ``lsync_compile.runtime.context.VOUCHES``.
+            The rewritten graph is run only while it does.
     """
 
     options: Options
     target: str
+    vouched: frozenset[str] = frozenset()
 
 
 class Pass:

@@ -16,6 +16,13 @@ from typing import Literal, get_args
 
 Mode = Literal["recompute", "reuse"]
 
+# What a runtime may say of the inputs of a UNet call, which no graph can know.
+VOUCHES: dict[str, str] = {
+    "guidance": "the batch is two halves with equal `sample` and `timestep`",
+    "null_audio": "the first half's `encoder_hidden_states` are zero",
+    "constant_channels": "channels 4 and up of `sample` are the same in all steps of a chunk",
+}
+
 
 @dataclass(frozen=True)
 class StepContext:
@@ -27,9 +34,14 @@ class StepContext:
         step: which denoising step of the chunk, from 0.
         steps: how many steps the chunk takes.
         mode: whether the runtime allows cached features in this step ("reuse") or not.
+        timestep: value of the ``timestep`` tensor of the call, where the runtime knows it without
+            reading it from the device.
+        vouched: keys of :data:`VOUCHES` that hold for this call. A graph that was compiled under
+            them gives wrong results where they do not hold.
 
     Raises:
-        ValueError: for a step outside ``0 <= step < steps``, a negative chunk or an unknown mode.
+        ValueError: for a step outside ``0 <= step < steps``, a negative chunk, an unknown mode or
+            something vouched for that nobody knows.
     """
 
     run: Hashable
@@ -37,6 +49,8 @@ class StepContext:
     step: int
     steps: int
     mode: Mode = "recompute"
+    timestep: float | None = None
+    vouched: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not 0 <= self.step < self.steps:
@@ -45,6 +59,9 @@ class StepContext:
             raise ValueError(f"chunk {self.chunk} is negative")
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode {self.mode!r} is none of {', '.join(get_args(Mode))}")
+        unknown = self.vouched.difference(VOUCHES)
+        if unknown:
+            raise ValueError(f"vouched {min(unknown)!r} is none of {', '.join(VOUCHES)}")
 
     def same_chunk(self, other: StepContext | None) -> bool:
         """Whether ``other`` is a step of the same chunk of the same run.
@@ -64,10 +81,17 @@ def current() -> StepContext | None:
 
 @contextmanager
 def step_context(
-    run: Hashable, chunk: int, step: int, steps: int, mode: Mode = "recompute"
+    run: Hashable,
+    chunk: int,
+    step: int,
+    steps: int,
+    mode: Mode = "recompute",
+    *,
+    timestep: float | None = None,
+    vouched: frozenset[str] = frozenset(),
 ) -> Iterator[StepContext]:
     """Set :func:`current` for the block; the arguments are those of :class:`StepContext`."""
-    context = StepContext(run, chunk, step, steps, mode)
+    context = StepContext(run, chunk, step, steps, mode, timestep, vouched)
     token = _current.set(context)
     try:
         yield context
