@@ -75,6 +75,13 @@ class Options:
             choices=("auto", "on", "off"),
         ),
     )
+    cuda_graphs: bool = field(
+        default=True,
+        metadata=_about(
+            "Capture each graph on a GPU as a CUDA graph with static memory and replay it; "
+            "elsewhere, and where a graph cannot be captured, it runs as it was lowered."
+        ),
+    )
     inductor: Mapping[str, Any] = field(
         default_factory=dict,
         hash=False,
