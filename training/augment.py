@@ -74,6 +74,25 @@ def jitter_sound(sound: Tensor) -> Tensor:
     return (filtered + loud * amount * torch.randn_like(sound)) * level
 
 
+def borrow_voice(sound: Tensor, voice: Tensor, *, window: int = 800) -> Tensor:
+    """Other words, as loud from moment to moment: ``voice (B, n)`` with the level of ``sound``.
+
+    The level is the RMS over ``window`` samples (a twentieth of a second). How loud the words
+    are is most of what opens a mouth, and nothing else of the sound is left to know it by.
+    """
+
+    def level(x: Tensor) -> Tensor:
+        half = window // 2
+        power = F.pad(x.square()[:, None], (half, half), mode="replicate")
+        for _ in range(2):  # two boxes make a triangle
+            power = F.avg_pool1d(power, half, stride=1)
+        return power[:, 0, : x.shape[1]].clamp(min=0).sqrt()
+
+    usual = voice.square().mean(dim=1, keepdim=True).sqrt()
+    # Pauses of the voice are not amplified beyond 20 dB: they hold only noise.
+    return voice * level(sound) / torch.maximum(level(voice), 0.1 * usual).clamp(min=1e-5)
+
+
 def jitter_mel(mel: Tensor) -> Tensor:
     """Another voice, and gaps, for log-mel bands ``(B, bands, frames)`` (about -1 to 1).
 
@@ -105,3 +124,17 @@ def jitter_mel(mel: Tensor) -> Tensor:
     hidden = stripe(place, bands / 6)[:, :, None] | stripe(place, bands / 6)[:, :, None]
     hidden = hidden | stripe(time, 8)[:, None, :]
     return torch.where(hidden, mean, mel)
+
+
+def colour_mel(mel: Tensor) -> Tensor:
+    """Another microphone for log-mel bands ``(B, bands, frames)`` (0.1 is 3 dB).
+
+    Up to 9 dB more or less at each of six places over the bands, and noise of up to 2 dB on
+    every value, so that neither the recording nor the fine structure of a sound gives away
+    which utterance it is.
+    """
+    batch, bands, _ = mel.shape
+    gains = (torch.rand(batch, 1, 6, device=mel.device) - 0.5) * 0.6
+    curve = F.interpolate(gains, size=bands, mode="linear", align_corners=True)[:, 0]
+    noise = 0.06 * torch.rand(batch, 1, 1, device=mel.device)
+    return mel + (curve[:, :, None] + noise * torch.randn_like(mel)).to(mel.dtype)

@@ -17,7 +17,7 @@ from training.losses import denoising, mouth_map
 from training.sources import CONTEXT
 
 FEATURES_PER_FRAME = 2  # 50 Hz features, 25 frames/s
-WINDOW = torch.arange(-4, 6)  # feature steps that a frame attends to, around twice its number
+WINDOW = (-4, 6)  # feature steps that a frame attends to, around twice its number; end excluded
 
 
 def signal_levels(scheduler: DDIMScheduler, device: torch.device) -> Tensor:
@@ -49,7 +49,7 @@ def draw_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor
 def sound_windows(features: Tensor, frames: int) -> Tensor:
     """Features ``(B, T, S, D)`` that start ``CONTEXT`` frames early -> ``(B, F, 10 S, D)``."""
     centre = FEATURES_PER_FRAME * (CONTEXT + torch.arange(frames, device=features.device))
-    index = centre[:, None] + WINDOW.to(features.device)
+    index = centre[:, None] + torch.arange(*WINDOW, device=features.device)
     return features[:, index].flatten(2, 3)
 
 

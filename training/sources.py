@@ -6,6 +6,7 @@ so that the sound encoder sees what surrounds every frame.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.augment import jitter_colour, jitter_geometry, jitter_sound
+from training.augment import borrow_voice, jitter_colour, jitter_geometry, jitter_sound
 from training.speech import SpeechSampler
 from training.synthetic import FaceSampler
 
@@ -116,19 +117,27 @@ class ClipMaker:
     def recorded(self, take: Recording, length: int) -> Clips:
         """A varied part of a recording.
 
-        In two of five, the upper face is from another time than the mouth: whoever knows the
-        frame by its eyes would otherwise know the mouth without listening.
+        Real takes are played at another speed. In two of five, the upper face is from another
+        time than the mouth: whoever knows the frame by its eyes would otherwise know the mouth
+        without listening. In two of five, other words are spoken, as loud as the true ones:
+        whoever knows the words by heart would know the mouth without having learned what
+        opens one.
         """
-        start = int(torch.randint(take.train - length + 1, (1,)))
-        frames = take.frames[start : start + length].float() / 127.5 - 1
-        if take.kind == "real" and float(torch.rand(1)) < 0.4:
+        real = take.kind == "real"
+        tempo = float(torch.empty(1).uniform_(0.8, 1.2)) if real else 1.0
+        tempo = min(tempo, (take.train - 1) / length)
+        start = int(torch.randint(take.train - math.ceil(length * tempo) + 1, (1,)))
+        frames, sound = at_tempo(take, start, length, tempo)
+        if real and float(torch.rand(1)) < 0.4:
             frames = self._exchange_upper_face(take, frames)
+        if real and float(torch.rand(1)) < 0.4:
+            other = self._speech.batch(1, length, margin=CONTEXT).sound
+            sound = borrow_voice(sound[None], other)[0]
         if take.second is not None:
             frames = torch.cat(
                 [frames, take.second.frames[start : start + length].float() / 127.5 - 1]
             )
         varied = jitter_colour(jitter_geometry(frames[None]))
-        sound = part_of_sound(take.sound[: take.train * SAMPLES], start, length)
         other = varied[:, length:] if take.second is not None else None
         return Clips(varied[:, :length], other, jitter_sound(sound[None]))
 
@@ -164,6 +173,29 @@ class ClipMaker:
             return pixels
         small = F.interpolate(pixels.flatten(0, 1), (self.size, self.size), mode="area")
         return small.view(*pixels.shape[:3], self.size, self.size)
+
+
+def at_tempo(take: Recording, start: int, length: int, tempo: float) -> tuple[Tensor, Tensor]:
+    """``length`` frames from ``start``, and their sound, of a take played ``tempo`` times as fast.
+
+    Returns:
+        frames ``(length, 3, S, S)`` in [-1, 1], each the nearest in time, and the sound
+        ``((length + 2 CONTEXT) * 640,)``, in another pitch then, as a record's; silence where
+        the part that may be trained on has ended.
+    """
+    device = take.frames.device
+    # A frame stands for its middle: that of the first one stays where it is.
+    when = start + 0.5 + torch.arange(length, device=device) * tempo
+    frames = take.frames[when.long().clamp(max=take.train - 1)].float() / 127.5 - 1
+    if tempo == 1:
+        return frames, part_of_sound(take.sound[: take.train * SAMPLES], start, length)
+    wanted = torch.arange((length + 2 * CONTEXT) * SAMPLES, device=device)
+    place = (start + 0.5) * SAMPLES + (wanted - (CONTEXT + 0.5) * SAMPLES) * tempo
+    last = take.train * SAMPLES - 1
+    low = place.floor().long()
+    sound = take.sound
+    mixed = torch.lerp(sound[low.clamp(0, last)], sound[(low + 1).clamp(0, last)], place - low)
+    return frames, mixed * ((place >= 0) & (place <= last))
 
 
 def part_of_sound(sound: Tensor, start: int, length: int) -> Tensor:

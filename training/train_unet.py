@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from torch.nn import functional as F
 from lsync_compile.models.mel_encoder import MelAudioEncoder
 from lsync_compile.models.scheduler import default_scheduler
 from lsync_compile.models.unet import UNet3DConditionModel
-from training.augment import jitter_mel
+from training.augment import colour_mel, jitter_mel
 from training.bank import Batch, LatentBank
 from training.codec import encode, load_vae
 from training.denoise import probe, region_weights, signal_levels, training_terms
 from training.footage import load_footage
+from training.graphed import GraphedTerms
 from training.loop import (
     Budget,
     Log,
@@ -47,6 +49,7 @@ from training.sources import ClipMaker, Footage, part_of_sound
 
 UNET_CONFIG = Path(__file__).with_name("mini_unet.json")
 AUDIO_CONFIG = Path(__file__).with_name("mini_audio.json")
+PHASES = (0, 4)  # of the sound encoder's marker: as in a whole chunk, and out of step
 
 
 class Pair(nn.Module):
@@ -103,24 +106,27 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"unet: {bank.describe()}, ready after {budget.seconds():.0f} s", flush=True)
     log.reset_clock()
 
-    lengths = torch.Generator().manual_seed(args.seed + step)
-    while not budget.finished(step) and not budget.call_over():
-        if step and step % args.refresh_every == 0:
-            bank.refresh(args.refresh)
-        frames, chunks, phase = step_shape(args.batch, args.frames, lengths, short=args.short)
-        batch = bank.batch(chunks, frames)
-        mel = jitter_mel(ears.mel(batch.sound))
-        values = training_terms(
+    def terms(mel: Tensor, *latents: Tensor, phase: int = 0) -> dict[str, Tensor]:
+        return training_terms(
             pair.unet,
-            pair.audio(mel.to(dtype), phase),
-            batch,
+            pair.audio(mel, phase),
+            Batch(*latents, mel),
             levels,
             mask,
             region,
             drop_sound=args.drop_sound,
             dtype=dtype,
         )
-        values["loss"].backward()
+
+    graphed = {phase: GraphedTerms(partial(terms, phase=phase), trainer.live) for phase in PHASES}
+    lengths = torch.Generator().manual_seed(args.seed + step)
+    while not budget.finished(step) and not budget.call_over():
+        if step and step % args.refresh_every == 0:
+            bank.refresh(args.refresh)
+        frames, chunks, phase = step_shape(args.batch, args.frames, lengths, short=args.short)
+        batch = bank.batch(chunks, frames)
+        mel = colour_mel(jitter_mel(ears.mel(batch.sound))).to(dtype)
+        values = graphed[phase](mel, batch.target, batch.masked, batch.reference)
         rate = learning_rate(args.lr, budget.fraction(step))
         norm = trainer.step(rate)
         log.add(values | {"grad": norm})
@@ -145,13 +151,13 @@ def step_shape(
 
     A share ``short`` of the steps has shorter chunks, as the last chunk of a clip has; of two
     lengths only, because each new shape costs ten seconds of choosing kernels on a GPU. One step
-    in eight has the sound encoder's phase marker out of step, as with an unusual chunk length, so
-    that the model does not depend on it wholly.
+    in eight has the sound encoder's phase marker half a period out of step, as with an unusual
+    chunk length, so that the model does not depend on it wholly.
     """
-    draw, length, shift = torch.rand(3, generator=generator).tolist()
+    draw, length = torch.rand(2, generator=generator).tolist()
     if draw < short and frames > 1:
         return max(1, frames // (5 if length < 0.5 else 2)), batch, 0
-    return frames, batch, int(16 * shift) if draw > 7 / 8 else 0
+    return frames, batch, PHASES[1] if draw > 7 / 8 else 0
 
 
 def resume(

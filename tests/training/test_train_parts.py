@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from lsync_compile.models.audio import audio_windows
-from training.augment import jitter_colour, jitter_geometry, jitter_mel, jitter_sound
+from training.augment import (
+    borrow_voice,
+    colour_mel,
+    jitter_colour,
+    jitter_geometry,
+    jitter_mel,
+    jitter_sound,
+)
 from training.bank import LatentBank
 from training.codec import SCALING_FACTOR, calibrate, decode, encode, new_vae
 from training.denoise import (
@@ -21,9 +29,18 @@ from training.denoise import (
     sound_windows,
     unet_input,
 )
+from training.graphed import GraphedTerms
 from training.losses import mouth_map, noise_loss_weight, reconstruction
 from training.sheet import contact_sheet
-from training.sources import CONTEXT, SAMPLES, Clips, part_of_sound, soften
+from training.sources import (
+    CONTEXT,
+    SAMPLES,
+    Clips,
+    Recording,
+    at_tempo,
+    part_of_sound,
+    soften,
+)
 from training.train_unet import step_shape
 
 
@@ -252,3 +269,52 @@ def test_contact_sheet_holds_all_rows(tmp_path: Path) -> None:
     width, height = Image.open(tmp_path / "a" / "sheet.png").size
     assert width > 96
     assert height > 64
+
+
+def test_colour_of_sound_is_a_smooth_gain_and_a_little_noise() -> None:
+    torch.manual_seed(0)
+    flat = torch.zeros(32, 80, 200)
+    varied = colour_mel(flat)
+    gain = varied.mean(2)
+    assert 0.05 < float(gain.std()) < 0.3
+    assert float((gain[:, 1:] - gain[:, :-1]).abs().max()) < 0.06
+    assert 0 < float((varied - gain[:, :, None]).std()) < 0.06
+
+
+def test_a_borrowed_voice_is_as_loud_from_moment_to_moment() -> None:
+    torch.manual_seed(0)
+    time = torch.arange(32000) / 16000
+    level = (0.6 + 0.4 * torch.sin(2 * math.pi * 2 * time))[None]
+    voice = torch.sin(2 * math.pi * 300 * time)[None] * torch.exp(-((time * 3) % 1))
+    borrowed = borrow_voice(level * 0.1 * torch.randn(1, 32000), voice)
+    heard = borrowed.square().unfold(1, 1600, 1600).mean(-1).sqrt()
+    wanted = 0.1 * level.unfold(1, 1600, 1600).mean(-1)
+    assert float((heard / wanted - 1).abs().max()) < 0.3
+    assert not borrow_voice(torch.zeros(1, 32000), voice).any()  # silence stays silent
+
+
+def test_a_take_at_another_tempo_keeps_sound_and_picture_together() -> None:
+    # Frame i is painted i, and its sound is i as well.
+    number = torch.arange(100)
+    frames = number.to(torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    take = Recording("t", "real", frames, number.float().repeat_interleave(SAMPLES), 80)
+    for tempo in (0.8, 1.0, 1.2):
+        seen, sound = at_tempo(take, 20, 32, tempo)
+        shown = ((seen[:, 0, 0, 0] + 1) * 127.5).round()
+        middle = sound.view(-1, SAMPLES)[CONTEXT : CONTEXT + 32, SAMPLES // 2]
+        assert float(shown[0]) == 20
+        assert float(shown[-1]) == int(20.5 + 31 * tempo)
+        assert float((shown - middle).abs().max()) <= 1
+    seen, sound = at_tempo(take, 40, 32, 1.2)
+    assert float(((seen + 1) * 127.5).max()) < 80  # never what is held out
+    assert not sound[-SAMPLES:].any()
+
+
+def test_terms_recorded_or_not_leave_gradients() -> None:
+    weight = torch.nn.Parameter(torch.tensor([2.0]))
+    terms = GraphedTerms(lambda x: {"loss": (weight * x).sum(), "twice": 2 * weight}, [weight])
+    for x in (1.0, 3.0):
+        values = terms(torch.tensor([x]))
+        assert float(weight.grad) == x  # not added to the last call's
+        assert float(values["loss"]) == 2 * x
+        assert not values["twice"].requires_grad
