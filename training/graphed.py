@@ -25,16 +25,18 @@ class GraphedTerms:
     Args:
         terms: inputs to named losses; uses the device only.
         parameters: what gets gradients, in ``.grad``, overwritten by every call.
+        record: whether to record at all.
     """
 
-    def __init__(self, terms: Terms, parameters: list[Tensor]) -> None:
+    def __init__(self, terms: Terms, parameters: list[Tensor], *, record: bool = True) -> None:
         self._terms = terms
         self._parameters = parameters
+        self._record = record
         self._recorded: dict[tuple[torch.Size, ...], _Recording] = {}
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         """The terms, detached; valid until the next call."""
-        if not inputs[0].is_cuda:
+        if not self._record or not inputs[0].is_cuda:
             return self._compute(inputs)
         key = tuple(x.shape for x in inputs)
         if key not in self._recorded:

@@ -118,7 +118,10 @@ def main(arguments: list[str] | None = None) -> None:
             dtype=dtype,
         )
 
-    graphed = {phase: GraphedTerms(partial(terms, phase=phase), trainer.live) for phase in PHASES}
+    graphed = {
+        phase: GraphedTerms(partial(terms, phase=phase), trainer.live, record=args.graphs)
+        for phase in PHASES
+    }
     lengths = torch.Generator().manual_seed(args.seed + step)
     while not budget.finished(step) and not budget.call_over():
         if step and step % args.refresh_every == 0:
@@ -321,6 +324,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="let cuDNN time its kernels: faster after the first minute",
+    )
+    p.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="replay steps as CUDA graphs (on a GPU)",
     )
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--seed", type=int, default=1)
