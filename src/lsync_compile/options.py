@@ -67,6 +67,12 @@ class Options:
     share_repeated: bool = field(
         default=True, metadata=_about("Pass: compute equal operations on equal inputs once.")
     )
+    fuse_group_norm_silu: bool = field(
+        default=True,
+        metadata=_about(
+            "Pass: group norms in one kernel, with the SiLU after and the shift before them."
+        ),
+    )
     kernels: str = field(
         default="auto",
         metadata=_about(
@@ -81,6 +87,10 @@ class Options:
             "Capture each graph on a GPU as a CUDA graph with static memory and replay it; "
             "elsewhere, and where a graph cannot be captured, it runs as it was lowered."
         ),
+    )
+    fuse_temporal_attention: bool = field(
+        default=True,
+        metadata=_about("Pass: attend across frames without rearranging to positions and back."),
     )
     inductor: Mapping[str, Any] = field(
         default_factory=dict,

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from lsync_compile.graph.build import example
+from lsync_compile.graph.purity import has_writes
 from lsync_compile.kernels.launch import runs_kernel
 from lsync_compile.kernels.spec import KernelSpec
 from lsync_compile.passes.spec import Pass, PassContext
@@ -24,13 +25,15 @@ class KernelPass(Pass):
     kernel: ClassVar[KernelSpec]
 
     def veto(self, gm: GraphModule, context: PassContext) -> str:
-        """Switched off, gradients, autocast, a CPU, no Triton, or no dtype that it takes."""
+        """Switched off, gradients, autocast, writes, a CPU, no Triton, or no dtype for it."""
         if context.options.kernels == "off":
             return "option kernels is 'off'"
         if wants_gradient(gm.graph):
             return "a gradient is wanted, and the kernel has none"
         if uses_autocast(gm.graph):
             return "autocast chooses the dtypes"
+        if has_writes(gm.graph):
+            return "the graph writes in place"
         tensors = _floating_inputs(gm.graph)
         if context.options.kernels == "auto":
             on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
