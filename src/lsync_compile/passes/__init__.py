@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from lsync_compile.passes import fuse_group_norm_silu, remove_noops, share_repeated
+from lsync_compile.passes import (
+    fuse_group_norm_silu,
+    fuse_temporal_attention,
+    remove_noops,
+    share_repeated,
+)
 
-__all__ = ["fuse_group_norm_silu", "remove_noops", "share_repeated"]
+__all__ = [
+    "fuse_group_norm_silu",
+    "fuse_temporal_attention",
+    "remove_noops",
+    "share_repeated",
+]
