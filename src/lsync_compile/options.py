@@ -88,9 +88,32 @@ class Options:
             "elsewhere, and where a graph cannot be captured, it runs as it was lowered."
         ),
     )
+    fuse_geglu: bool = field(
+        default=True, metadata=_about("Pass: the gate of each feed-forward in one kernel.")
+    )
+    fuse_add_layer_norm: bool = field(
+        default=True,
+        metadata=_about("Pass: residual sums with the layer norm after them in one kernel."),
+    )
     fuse_temporal_attention: bool = field(
         default=True,
         metadata=_about("Pass: attend across frames without rearranging to positions and back."),
+    )
+    hoist_weights: bool = field(
+        default=True,
+        metadata=_about(
+            "Compute what depends on weights alone once, and again when a weight changes."
+        ),
+    )
+    hoist_audio: bool = field(
+        default=True,
+        metadata=_about(
+            "Compute what depends on the sound (`encoder_hidden_states`) alone once for each chunk."
+        ),
+    )
+    hoist_timestep: bool = field(
+        default=True,
+        metadata=_about("Compute what depends on the timestep alone once for each timestep."),
     )
     inductor: Mapping[str, Any] = field(
         default_factory=dict,

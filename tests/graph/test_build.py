@@ -11,7 +11,7 @@ from captures import capture, captured_unet
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lsync_compile.graph.build import call, example, item, refresh, replace
+from lsync_compile.graph.build import call, drop, example, item, refresh, replace
 from lsync_compile.kernels import group_norm_silu
 
 
@@ -83,6 +83,18 @@ def test_memory_is_shared_as_in_the_graph() -> None:
     replace(sin, twice)
     assert view.args[0] is twice
     assert example(view).untyped_storage()._cdata == example(twice).untyped_storage()._cdata
+
+
+def test_only_what_nothing_uses_is_dropped() -> None:
+    gm, _ = capture(lambda x: (x.sin().cos(), x.tan()), torch.randn(3))
+    output = gm.graph.output_node()
+    cos, tan = output.args[0]
+    drop(cos)
+    assert len(gm.graph.nodes) == 5
+    output.args = ((tan,),)
+    drop(cos)
+    assert [node.target for node in gm.graph.nodes][1:-1] == ["tan"]
+    gm.graph.lint()
 
 
 def test_other_shapes_and_dtypes_are_refused() -> None:

@@ -81,6 +81,21 @@ def replace(old: Node, new: Node) -> None:
     refresh(new)
 
 
+def drop(node: Node) -> None:
+    """Erase a node that nothing uses, then those of its inputs that this leaves without users.
+
+    Placeholders stay, as do nodes that do more than compute a value.
+    """
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current.users or current.op == "placeholder" or current.is_impure():
+            continue
+        sources = current.all_input_nodes
+        current.graph.erase_node(current)
+        waiting.extend(sources)
+
+
 def refresh(changed: Node) -> None:
     """Compute the example values again that a changed one of this node has made wrong.
 

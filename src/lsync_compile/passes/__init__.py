@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from lsync_compile.passes import (
+    fuse_add_layer_norm,
+    fuse_geglu,
     fuse_group_norm_silu,
     fuse_temporal_attention,
     remove_noops,
@@ -10,6 +12,8 @@ from lsync_compile.passes import (
 )
 
 __all__ = [
+    "fuse_add_layer_norm",
+    "fuse_geglu",
     "fuse_group_norm_silu",
     "fuse_temporal_attention",
     "remove_noops",

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lsync_compile.graph.build import call, example, replace
+from lsync_compile.graph.build import call, drop, example, replace
 from lsync_compile.graph.match import ADD, argument, calls, is_silu, sole_user
 from lsync_compile.kernels.group_norm_silu import SPEC
 from lsync_compile.passes.kernel_pass import KernelPass
@@ -85,6 +85,7 @@ class FuseGroupNormSilu(KernelPass):
             if value.dim() == 3:
                 new = call(norm.graph, "squeeze", new, 2, like=last)
             replace(last, new)
+        drop(last)
         return True
 
 
