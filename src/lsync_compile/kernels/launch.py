@@ -87,6 +87,7 @@ class Kernel:
         fits: Fits | None,
     ) -> None:
         self.name = function.__name__.strip("_")
+        self.__module__ = function.__module__  # where its source is, for keys of caches
         self.configs = tuple(configs)
         self.jitted: Any = None if triton is None else triton.jit(function)
         self._names = tuple(function.__code__.co_varnames[: function.__code__.co_argcount])

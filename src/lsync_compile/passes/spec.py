@@ -18,6 +18,7 @@ from typing import ClassVar, TypeVar
 
 from torch.fx import GraphModule
 
+from lsync_compile.kernels.spec import KernelSpec
 from lsync_compile.options import OPTION_NAMES, Options
 
 PACKAGE = "lsync_compile"
@@ -157,9 +158,12 @@ def _used_modules(start: ModuleType) -> set[ModuleType]:
 
 def _referenced(module: ModuleType) -> Iterator[ModuleType]:
     for value in vars(module).values():
-        name = value.__name__ if isinstance(value, ModuleType) else _module_name(value)
-        if name and name.partition(".")[0] == PACKAGE and name in sys.modules:
-            yield sys.modules[name]
+        # A kernel's specification is of no module's code, but the functions that it holds are.
+        held = vars(value).values() if isinstance(value, KernelSpec) else ()
+        for each in (value, *held):
+            name = each.__name__ if isinstance(each, ModuleType) else _module_name(each)
+            if name and name.partition(".")[0] == PACKAGE and name in sys.modules:
+                yield sys.modules[name]
 
 
 def _module_name(value: object) -> str | None:
