@@ -73,6 +73,11 @@ def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(output - reference) / torch.linalg.vector_norm(reference))
 
 
+def largest_error(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest difference of an element, in float64."""
+    return float((output.double() - reference.double()).abs().max())
+
+
 def machine(device: torch.device) -> dict[str, str]:
     """Device, versions and date: part of every recorded result."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -87,6 +92,37 @@ def machine(device: torch.device) -> dict[str, str]:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         **versions,
     }
+
+
+def recorded(
+    path: Path, question: str, device: torch.device, key: Sequence[str]
+) -> list[list[Any]]:
+    """The ``key`` fields of the rows on file that this machine and these versions wrote."""
+    return [[row.get(name) for name in key] for row in _own_rows(path, question, device)]
+
+
+def merge_results(
+    path: Path, question: str, device: torch.device, rows: list[dict], key: Sequence[str]
+) -> None:
+    """:func:`write_results`, keeping older rows whose ``key`` fields differ from all new ones.
+
+    Rows of another device, other versions or another question are not kept.
+    """
+    new = [[row.get(name) for name in key] for row in rows]
+    old = [
+        row
+        for row in _own_rows(path, question, device)
+        if [row.get(name) for name in key] not in new
+    ]
+    write_results(path, question, device, old + rows)
+
+
+def _own_rows(path: Path, question: str, device: torch.device) -> list[dict]:
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    same = {**content["machine"], "date": ""} == {**machine(device), "date": ""}
+    return content["rows"] if same and content["question"] == question else []
 
 
 def write_results(path: Path, question: str, device: torch.device, rows: list[dict]) -> None:

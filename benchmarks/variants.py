@@ -1,0 +1,127 @@
+"""The ways to run a network that benchmarks compare, by name.
+
+    eager, inductor                the network without lsync
+    lsync                          the preset ``exact``
+    lsync lowering=eager           its graphs operation by operation
+    lsync none                     with every optimisation switched off
+    lsync to=NAME                  with NAME and all that come before it: a step of the waterfall
+    lsync only=NAME                with NAME alone
+    lsync without=NAME             with all but NAME
+
+NAME is a boolean option that is on in ``exact``: the passes in running order, then the others.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+
+import lsync_compile
+from lsync_compile.options import Options, resolve_options
+from lsync_compile.passes.manager import ordered
+from lsync_compile.passes.spec import registered
+
+NO_OPTIMISATION = frozenset({"strict", "compile_vae"})
+WATERFALLS = ("to", "only", "without")
+
+
+class Pipeline:
+    """The least that lsync takes for a pipeline, so that networks compile as they do in one."""
+
+    def __init__(self, unet: nn.Module, vae: nn.Module | None = None) -> None:
+        self.unet = unet
+        self.vae = vae
+        self.scheduler = None
+
+    def __call__(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+def switches() -> list[str]:
+    """Boolean options that are on in ``exact`` and optimise, in the order of the waterfall."""
+    exact = resolve_options("exact")
+    passes = [cls.spec.option for cls in ordered(registered().values())]
+    others = [spec.name for spec in fields(Options) if spec.name not in passes]
+    return [
+        name
+        for name in [*dict.fromkeys(passes), *others]
+        if getattr(exact, name) is True and name not in NO_OPTIMISATION
+    ]
+
+
+def options_of(variant: str) -> dict[str, Any] | None:
+    """Options of a variant of lsync; None for "eager" and "inductor".
+
+    Raises:
+        ValueError: for a name that is no variant.
+    """
+    names = switches()
+    if variant in ("eager", "inductor"):
+        return None
+    common = {"preset": "exact", "strict": True}
+    words = variant.split()
+    if words == ["lsync"]:
+        return common
+    if len(words) == 2 and words[0] == "lsync":
+        kind, _, name = words[1].partition("=")
+        if words[1] == "lowering=eager":
+            return {**common, "lowering": "eager"}
+        if words[1] == "none":
+            return {**common, **dict.fromkeys(names, False)}
+        if kind in WATERFALLS and name in names:
+            place = names.index(name)
+            on = {
+                "to": names[: place + 1],
+                "only": [name],
+                "without": names[:place] + names[place + 1 :],
+            }[kind]
+            return {**common, **{each: each in on for each in names}}
+    raise ValueError(f"no variant {variant!r}; see --list")
+
+
+def all_variants() -> list[str]:
+    """Every name that :func:`options_of` takes."""
+    return ["eager", "inductor", "lsync lowering=eager", "lsync", *waterfall(*WATERFALLS)]
+
+
+def waterfall(*kinds: str) -> list[str]:
+    """ "lsync none" and then, for each kind of waterfall, its steps in order."""
+    return ["lsync none", *(f"lsync {kind}={name}" for kind in kinds for name in switches())]
+
+
+@contextmanager
+def compiled(
+    variant: str, unet: nn.Module, vae: nn.Module | None = None, **more: Any
+) -> Iterator[Any]:
+    """Run the networks as a variant inside the block; yields lsync's handle, None without it.
+
+    Args:
+        more: options on top of the variant's.
+    """
+    torch._dynamo.reset()
+    options = options_of(variant)
+    parts = [unet] if vae is None else [unet, vae.encoder, vae.decoder]
+    fast = None
+    if variant == "inductor":
+        for module in parts:
+            module.compile(backend="inductor", dynamic=False)
+    elif options is not None:
+        options = {"compile_vae": vae is not None, **options, **more}
+        fast = lsync_compile.compile(Pipeline(unet, vae), **options)
+    try:
+        yield None if fast is None else fast.lsync
+    finally:
+        if fast is not None:
+            fast.lsync.undo()
+        for module in parts:
+            module._compiled_call_impl = None
+        del fast
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
