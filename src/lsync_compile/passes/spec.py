@@ -8,11 +8,11 @@ section of every pass are all made from it.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from types import ModuleType
 from typing import ClassVar, TypeVar
 
@@ -140,8 +140,13 @@ def source_uuid(cls: type[Pass]) -> str:
     digest = hashlib.sha256()
     for module in sorted(_used_modules(sys.modules[cls.__module__]), key=lambda m: m.__name__):
         digest.update(module.__name__.encode())
-        digest.update(inspect.getsource(module).encode())
+        digest.update(_source(module).encode())
     return digest.hexdigest()
+
+
+def _source(module: ModuleType) -> str:
+    """A module's text; of an empty file too, where ``inspect.getsource`` has none to show."""
+    return Path(str(module.__file__)).read_text(encoding="utf-8")
 
 
 def _used_modules(start: ModuleType) -> set[ModuleType]:
