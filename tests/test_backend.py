@@ -69,7 +69,7 @@ def test_a_failed_lowering_runs_the_untouched_graph_and_warns_once(
 
 
 def test_a_failed_pass_leaves_the_graph_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    def vandalise(self, gm, target, name):
+    def vandalise(self, gm, *place):
         for node in gm.graph.nodes:
             if node.op == "call_function":
                 node.args = ()

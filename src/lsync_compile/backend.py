@@ -19,11 +19,15 @@ from torch.fx import GraphModule
 
 from lsync_compile.errors import CompileError
 from lsync_compile.graph.copying import copy_graph
+from lsync_compile.graph.staging import Staging, cut, why_not
 from lsync_compile.lowering import get_lowering
 from lsync_compile.lowering.base import GraphFunction
+from lsync_compile.lowering.staged import enabled_stages, main_inputs, stage_records, staged_call
 from lsync_compile.options import resolve_options
+from lsync_compile.passes.kernel_pass import wants_gradient
 from lsync_compile.passes.manager import PassManager
 from lsync_compile.report import GraphRecord, Kind, Session
+from lsync_compile.runtime.context import Terms
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +61,7 @@ class GraphCompiler:
         session: where records and options live.
         target: role of the graphs, see :class:`~lsync_compile.passes.spec.PassContext`.
         variant: 0 for the first shapes of a target; other shapes are recorded as variants of them.
-        vouched: what holds for the inputs of its graphs, see
-            :class:`~lsync_compile.passes.spec.PassContext`.
+        terms: what holds for all calls of its graphs.
     """
 
     __name__ = "lsync"
@@ -68,11 +71,11 @@ class GraphCompiler:
         session: Session,
         target: str,
         variant: int = 0,
-        vouched: frozenset[str] = frozenset(),
+        terms: Terms | None = None,
     ) -> None:
         self.session = session
         self.target = target
-        self.vouched = vouched
+        self.terms = terms or Terms()
         self._variant = variant
         self._seen: dict[int, set[str]] = {}
 
@@ -100,6 +103,33 @@ class GraphCompiler:
         self, gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord
     ) -> GraphFunction:
         self._rewrite(gm, record)
+        staging = self._stage(gm, record)
+        if staging is None:
+            return self._lower(gm, example_inputs, record)
+        inputs = main_inputs(staging, example_inputs)
+        main = self._lower(staging.main.gm, inputs, record)
+        count = self.session.count_stage
+        return staged_call(staging, main, record.stages, count)
+
+    def _stage(self, gm: GraphModule, record: GraphRecord) -> Staging | None:
+        """Cut off what need not run in each call; None where nothing is to be gained."""
+        stages = enabled_stages(self.session.options, self.target, self.terms)
+        if not stages:
+            return None
+        try:
+            record.unstaged = (
+                "a gradient is wanted" if wants_gradient(gm.graph) else why_not(gm.graph)
+            )
+            staging = None if record.unstaged else cut(gm, stages, unet=self.target == "unet")
+        except PASS_ERRORS as error:
+            raise Failure("staging", error) from error
+        if staging is not None:
+            record.stages = stage_records(staging)
+        return staging
+
+    def _lower(
+        self, gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord
+    ) -> GraphFunction:
         options = self.session.options
         started = time.perf_counter()
         try:
@@ -115,7 +145,7 @@ class GraphCompiler:
         started = time.perf_counter()
         try:
             manager = PassManager(self.session.options)
-            record.passes = manager.run(gm, self.target, record.name, self.vouched)
+            record.passes = manager.run(gm, self.target, record.name, self.terms.vouched)
         except PASS_ERRORS as error:
             raise Failure("passes", error) from error
         record.pass_seconds = time.perf_counter() - started
@@ -128,7 +158,7 @@ class GraphCompiler:
         if self.session.options.strict:
             raise CompileError(f"graph {record.name}: {cause}") from failure.error
         record.lowering, record.fallback = "eager", cause
-        record.nodes_out = record.nodes_in
+        record.nodes_out, record.stages = record.nodes_in, []
         if self.session.note(f"{self.target} runs eagerly; {cause}"):
             log.warning("%s runs eagerly, not compiled: %s", record.name, cause)
         log.debug("%s", record.name, exc_info=failure.error)

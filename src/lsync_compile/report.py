@@ -40,6 +40,27 @@ class PassRecord:
 
 
 @dataclass
+class StageRecord:
+    """A part of a graph that is computed only when its values are new.
+
+    Attributes:
+        name: "weights", "timestep" or "chunk": what its values depend on.
+        operations: nodes that run there and not in each step.
+        results: tensors that it hands over.
+        bytes: memory that they take; for the timestep, of each timestep kept.
+        computed: how often it ran.
+        reused: how often its last results were taken instead.
+    """
+
+    name: str
+    operations: int
+    results: int
+    bytes: int
+    computed: int = 0
+    reused: int = 0
+
+
+@dataclass
 class GraphRecord:
     """One captured graph of one shape.
 
@@ -55,6 +76,8 @@ class GraphRecord:
         fallback: why it is not compiled; empty where it is.
         cache_hit: whether Inductor found it in its cache.
         calls: how often it ran.
+        stages: parts that do not run in each call.
+        unstaged: why there are none; empty where there are, or nothing is to be gained.
     """
 
     name: str
@@ -71,6 +94,8 @@ class GraphRecord:
     cache_hit: bool = False
     fallback: str = ""
     calls: int = 0
+    stages: list[StageRecord] = field(default_factory=list)
+    unstaged: str = ""
 
 
 @dataclass
@@ -135,6 +160,13 @@ class Session:
         with self.lock:
             record.calls += 1
 
+    def count_stage(self, record: StageRecord, *, computed: bool) -> None:
+        with self.lock:
+            if computed:
+                record.computed += 1
+            else:
+                record.reused += 1
+
     def count_run(self) -> None:
         with self.lock:
             self._runs += 1
@@ -179,6 +211,9 @@ def format_report(report: Report) -> str:
             f"{graph.lowering_seconds:.2f} s, {_count(graph.calls, 'call')}"
         )
         lines.extend(f"    {format_pass(done)}" for done in graph.passes)
+        lines.extend(f"    {format_stage(stage)}" for stage in graph.stages)
+        if graph.unstaged:
+            lines.append(f"    in one piece: {graph.unstaged}")
         if graph.fallback:
             lines.append(f"    not compiled: {graph.fallback}")
     lines.extend(f"  note: {text}" for text in report.notes)
@@ -193,6 +228,15 @@ def format_pass(record: PassRecord) -> str:
             f"{record.nodes_before} -> {record.nodes_after}, {1000 * record.seconds:.0f} ms"
         )
     return f"{record.name}: {record.outcome}" + (f" ({record.reason})" if record.reason else "")
+
+
+def format_stage(record: StageRecord) -> str:
+    """One line: what a stage holds and how often it was spared."""
+    return (
+        f"stage {record.name}: {_count(record.operations, 'operation')}, "
+        f"{_count(record.results, 'result')} ({record.bytes / 2**20:.1f} MiB), "
+        f"computed {record.computed}, reused {record.reused}"
+    )
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

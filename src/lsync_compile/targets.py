@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lsync_compile.backend import GraphCompiler
 from lsync_compile.errors import CompileError, LsyncError, OptionError
 from lsync_compile.report import Session
-from lsync_compile.runtime.context import current
+from lsync_compile.runtime.context import current_terms
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,8 @@ class CompiledCall:
     def _for_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """What is compiled for inputs like these in a place like this.
 
-        One for all shapes with ``dynamic``. What the runtime vouches for is part of the key: a
-        graph made under it is never run without.
+        One for all shapes with ``dynamic``. The terms are part of the key: a graph made under
+        them is never run where they do not hold.
         """
         leaves = () if self._dynamic else tree_leaves((args, kwargs))
         shapes = tuple(
@@ -121,12 +121,11 @@ class CompiledCall:
             for leaf in leaves
             if isinstance(leaf, torch.Tensor)
         )
-        context = current()
-        vouched = frozenset() if context is None else context.vouched
-        key = (vouched, shapes)
+        terms = current_terms()
+        key = (terms, shapes)
         if key not in self._compiled:
             compiler = GraphCompiler(
-                self.session, self.role, variant=len(self._compiled), vouched=vouched
+                self.session, self.role, variant=len(self._compiled), terms=terms
             )
             self._compiled[key] = torch.compile(
                 own_call(self.module),

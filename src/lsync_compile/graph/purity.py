@@ -1,12 +1,17 @@
-"""Who else sees a tensor's memory: what a rewrite must know before it shares one."""
+"""What a rewrite must know before it shares a value: who sees its memory, is it always the same."""
 
 from __future__ import annotations
 
 import inspect
 import operator
+from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # operator.iadd and its kin, and item assignment.
 _IN_PLACE_OPERATORS = frozenset(
@@ -62,3 +67,39 @@ def _argument(node: Node, name: str) -> object:
         return signature.bind(*node.args, **node.kwargs).arguments.get(name)
     except (TypeError, ValueError):  # no signature, or one that does not fit
         return None
+
+
+def draws_random_numbers(node: Node) -> bool:
+    """Whether the node's value may be another one next time, for the same inputs.
+
+    Found out by running it on shapes alone and looking at the operators that it calls. What cannot
+    run on shapes counts as random.
+    """
+    values, named = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("example_value"))
+    seen = _SeededOperators()
+    modes = {
+        value.fake_mode for value in tree_leaves((values, named)) if isinstance(value, FakeTensor)
+    }
+    try:
+        with modes.pop() if modes else FakeTensorMode(), seen:  # the last one sees operators first
+            if node.op == "call_method":
+                getattr(values[0], str(node.target))(*values[1:], **named)
+            else:
+                node.target(*values, **named)  # type: ignore[operator]  # a function here
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+        return True
+    return seen.any
+
+
+class _SeededOperators(TorchDispatchMode):
+    """Notes whether an operator ran that takes numbers from a generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.any = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.any |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))

@@ -71,6 +71,29 @@ class StepContext:
         return other is not None and (self.run, self.chunk) == (other.run, other.chunk)
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What calls have in common that one compiled graph is right for, beside their shapes.
+
+    Attributes:
+        vouched: as in :class:`StepContext`.
+        chunks: whether the calls say to which run and chunk they belong.
+        timesteps: whether they say the value of the timestep.
+    """
+
+    vouched: frozenset[str] = frozenset()
+    chunks: bool = False
+    timesteps: bool = False
+
+
+def current_terms() -> Terms:
+    """The terms of the UNet call under way; outside a run nothing is vouched for."""
+    context = current()
+    if context is None:
+        return Terms()
+    return Terms(context.vouched, chunks=True, timesteps=context.timestep is not None)
+
+
 _current: ContextVar[StepContext | None] = ContextVar("lsync_step_context", default=None)
 
 
