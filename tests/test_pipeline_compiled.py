@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +14,10 @@ from torch._dynamo.utils import counters
 
 from lsync_compile import LatentSyncPipeline
 from lsync_compile.models import pipeline as module
+from lsync_compile.runtime import staged
 
 Maker = Callable[..., Path]
+EXACT = {"lowering": "eager", "strict": True}
 written: list[np.ndarray] = []
 
 
@@ -57,9 +61,7 @@ def test_frames_are_the_same_bits_and_a_second_clip_compiles_nothing(
 
     expected = run(tiny_pipeline)
     assert len(expected) == 7
-    fast = torch.compile(
-        tiny_pipeline, backend="lsync", options={"lowering": "eager", "strict": True}
-    )
+    fast = torch.compile(tiny_pipeline, backend="lsync", options=EXACT)
     assert isinstance(fast, LatentSyncPipeline)
     assert all(map(np.array_equal, run(fast), expected))
 
@@ -77,3 +79,46 @@ def test_frames_are_the_same_bits_and_a_second_clip_compiles_nothing(
     plain = fast.lsync.undo()
     assert plain is tiny_pipeline
     assert all(map(np.array_equal, run(plain), expected))
+
+
+def test_stages_run_once_a_chunk_and_are_dropped_with_the_pipeline(
+    tiny_pipeline: LatentSyncPipeline,
+    make_clip: Maker,
+    make_speech: Maker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "VideoWriter", Recorder)
+    torch._dynamo.reset()
+    made: list[weakref.ref] = []
+    plain_run = staged._run
+
+    def noted(*args: object) -> tuple:
+        results = plain_run(*args)
+        made.extend(map(weakref.ref, results))
+        return results
+
+    monkeypatch.setattr(staged, "_run", noted)
+    clip = make_clip(8)
+
+    def run(pipe: LatentSyncPipeline, speech: Path, steps: int) -> list:
+        generator = torch.Generator().manual_seed(0)
+        more = {"num_frames": 4, "num_inference_steps": steps, "generator": generator}
+        pipe(clip, speech, clip.with_name("out.mp4"), **more)
+        return list(written)
+
+    one, other = make_speech(0.32), make_speech(0.32, name="other.wav")
+    expected = run(tiny_pipeline, other, 3)
+    fast = torch.compile(tiny_pipeline, backend="lsync", options=EXACT)
+    run(fast, one, 2)
+    assert all(map(np.array_equal, run(fast, other, 3), expected))  # B after A is B alone
+    report = fast.lsync.report()
+    (unet,) = (graph for graph in report.graphs if graph.target == "unet")
+    used = {stage.name: (stage.computed, stage.reused) for stage in unet.stages}
+    # Two runs of two chunks, of 2 and 3 steps.
+    assert used == {"timestep": (2 + 3, 2 + 3), "chunk": (4, 6)}
+    assert "stage chunk: " in str(report)
+
+    assert any(result() is not None for result in made)
+    fast.lsync.undo()
+    gc.collect()
+    assert all(result() is None for result in made)
