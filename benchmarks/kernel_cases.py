@@ -16,7 +16,7 @@ from torch import Tensor
 Draw = Callable[..., Tensor]  # shape -> numbers of that shape
 
 LEVELS = ((64, 320), (32, 640), (16, 1280), (8, 1280))
-BATCH, FRAMES, HEADS, GROUPS = 2, 16, 8, 32
+BATCH, FRAMES, HEADS, GROUPS, SOUND_TOKENS = 2, 16, 8, 32, 50
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ def cases(
         for side, width in levels
         for kernel, what, make in (
             ("temporal_attention", "", _temporal_attention),
+            ("spatial_attention", "frames ", _attention_within_frames),
+            ("spatial_attention", "sound ", _attention_to_sound),
             ("group_norm_silu", "frames ", _group_norm_frames),
             ("group_norm_silu", "video ", _group_norm_video),
             ("geglu", "", _geglu),
@@ -54,6 +56,28 @@ def _temporal_attention(
     def arguments(draw: Draw) -> tuple[Any, ...]:
         q, k, v = draw(batch * frames, side * side, 3 * width).chunk(3, dim=2)
         return q, k, v, frames, HEADS, None
+
+    return arguments
+
+
+def _attention_within_frames(
+    side: int, width: int, batch: int, frames: int
+) -> Callable[[Draw], tuple[Any, ...]]:
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        q, k, v = draw(batch * frames, side * side, 3 * width).chunk(3, dim=2)
+        return q, k, v, HEADS, None
+
+    return arguments
+
+
+def _attention_to_sound(
+    side: int, width: int, batch: int, frames: int
+) -> Callable[[Draw], tuple[Any, ...]]:
+    """Keys and values of one fused projection of the sound."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        k, v = draw(batch * frames, SOUND_TOKENS, 2 * width).chunk(2, dim=2)
+        return draw(batch * frames, side * side, width), k, v, HEADS, None
 
     return arguments
 

@@ -73,6 +73,8 @@ def library(kernel: str, arguments: tuple[Any, ...]) -> list[Variant]:
     if kernel == "group_norm_silu":
         contiguous = lambda x, *rest: (x.contiguous(), *rest)  # noqa: E731
         return [Variant("torch, contiguous", eager_group_norm, contiguous)]
+    if kernel == "spatial_attention":
+        return by_head(arguments[0], arguments[3])
     if kernel != "temporal_attention":
         return []
     total, tokens, channels = arguments[0].shape
@@ -89,20 +91,6 @@ def library(kernel: str, arguments: tuple[Any, ...]) -> list[Variant]:
         out = out.reshape(-1, tokens, heads, frames, channels // heads).permute(0, 3, 1, 2, 4)
         return out.reshape(total, tokens, channels)
 
-    def attention(backend: SDPBackend) -> Call:
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v)
-
-        return call
-
-    backends = [SDPBackend.MATH]
-    if arguments[0].is_cuda:
-        backends = [
-            SDPBackend.CUDNN_ATTENTION,
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-        ]
     return [
         Variant(
             f"sdpa {backend.name.lower()}, rearranged before",
@@ -110,8 +98,46 @@ def library(kernel: str, arguments: tuple[Any, ...]) -> list[Variant]:
             rearrange,
             rearrange_back,
         )
-        for backend in backends
+        for backend in backends(arguments[0])
     ]
+
+
+def by_head(like: Tensor, heads: int) -> list[Variant]:
+    """Each library's attention on views of rows, and, to compare, on tensors of one head each."""
+
+    def split(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(x.unflatten(2, (heads, -1)).transpose(1, 2) for x in arguments[:3])
+
+    def copied(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(x.contiguous() for x in split(*arguments))
+
+    def merge(out: Tensor) -> Tensor:
+        return out.transpose(1, 2).flatten(2)
+
+    return [
+        Variant(f"sdpa {backend.name.lower()}{label}", attention(backend), prepare, merge)
+        for backend in backends(like)
+        for label, prepare in (("", split), (", heads apart", copied))
+    ]
+
+
+def backends(like: Tensor) -> list[SDPBackend]:
+    """torch's attention kernels on the device of a tensor."""
+    if not like.is_cuda:
+        return [SDPBackend.MATH]
+    return [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+    ]
+
+
+def attention(backend: SDPBackend) -> Call:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return call
 
 
 def least_bytes(arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> int:

@@ -24,6 +24,8 @@ if not torch.cuda.is_available():
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
+# The package's attribute of that name is the op.
+attention = importlib.import_module("lsync_compile.kernels.spatial_attention")
 LEVELS = ((64, 320), (32, 640), (16, 1280), (8, 1280))
 BATCH, FRAMES = 2, 16
 
@@ -66,6 +68,48 @@ def test_temporal_attention(draw, side, width):
     q, k, v = draw(BATCH * FRAMES, side * side, 3 * width).chunk(3, dim=2)
     judge("temporal_attention", q, k, v, FRAMES, 8, None)
     judge("temporal_attention", *(x.contiguous() for x in (q, k, v)), FRAMES, 8, None)
+
+
+@pytest.mark.parametrize(("side", "width"), LEVELS)
+def test_spatial_attention(draw, side, width):
+    q, k, v = draw(BATCH * FRAMES, side * side, 3 * width).chunk(3, dim=2)
+    judge("spatial_attention", q, k, v, 8, None)
+    judge("spatial_attention", *(x.contiguous() for x in (q, k, v)), 8, 0.1)
+    k, v = draw(BATCH * FRAMES, 50, 2 * width).chunk(2, dim=2)
+    judge("spatial_attention", q, k, v, 8, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_spatial_attention_of_other_dtypes_and_heads(draw, dtype):
+    for heads, dim in ((8, 40), (3, 7), (1, 512)):
+        q, k, v = draw(2, 300, 3 * heads * dim, dtype=dtype).chunk(3, dim=2)
+        judge("spatial_attention", q, k, v, heads, None)
+
+
+def test_spatial_attention_takes_the_fastest_library_and_remembers(draw):
+    q, k, v = (x.view(2, 4, 256, 64) for x in draw(3, 2, 4, 256 * 64))
+    names = attention.usable(q, k, v)
+    assert "flash" in names
+    attention._chosen.clear()
+    name = attention.choice(q, k, v)
+    assert name in names
+    assert list(attention._chosen.values()) == [name]
+    for name in names:
+        out = attention.LIBRARIES[name][0](q, k, v, None)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        torch.testing.assert_close(out, expected, rtol=1e-2, atol=2e-3)
+
+
+def test_spatial_attention_is_captured_without_timing(draw):
+    q, k, v = draw(3, 2, 128, 320)
+    expected = torch.ops.lsync.spatial_attention(q, k, v, 8)
+    attention._chosen.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = torch.ops.lsync.spatial_attention(q, k, v, 8)
+    assert not attention._chosen
+    graph.replay()
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize(("side", "width"), [*LEVELS, (64, 960)])

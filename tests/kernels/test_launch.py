@@ -60,7 +60,8 @@ def mixed(x, weight, bias):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a CPU chooses no configuration elsewhere")
-@pytest.mark.parametrize("name", registered())
+# spatial_attention has no kernel in Triton's language.
+@pytest.mark.parametrize("name", sorted(registered().keys() - {"spatial_attention"}))
 def test_every_configuration_is_exact(normal, monkeypatch, name):
     arguments = {
         "temporal_attention": lambda: (*normal(3, 6, 3, 80), 3, 2, None),
@@ -98,7 +99,7 @@ def test_without_triton_ops_run_their_references():
         "import sys; sys.modules['triton'] = None\n"
         "import torch; from lsync_compile.kernels import geglu, registered\n"
         "from lsync_compile.kernels.launch import triton\n"
-        "assert triton is None and len(registered()) == 4\n"
+        "assert triton is None and len(registered()) == 5\n"
         "x = torch.randn(3, 8)\n"
         "torch.testing.assert_close(geglu(x), x[:, :4] * torch.nn.functional.gelu(x[:, 4:]))\n"
     )

@@ -9,6 +9,10 @@ from __future__ import annotations
 from lsync_compile.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from lsync_compile.kernels.geglu import geglu, geglu_reference
 from lsync_compile.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from lsync_compile.kernels.spatial_attention import (
+    spatial_attention,
+    spatial_attention_reference,
+)
 from lsync_compile.kernels.spec import KernelSpec, Tolerance, kernels_table, registered
 from lsync_compile.kernels.temporal_attention import (
     temporal_attention,
@@ -26,6 +30,8 @@ __all__ = [
     "group_norm_silu_reference",
     "kernels_table",
     "registered",
+    "spatial_attention",
+    "spatial_attention_reference",
     "temporal_attention",
     "temporal_attention_reference",
 ]

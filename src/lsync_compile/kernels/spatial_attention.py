@@ -1,0 +1,214 @@
+"""Attention within a frame or to the sound, by the fastest library kernel for its shape.
+
+``out[n, i, h] = sum_j softmax_j(scale * <q[n, i, h], k[n, j, h]>) v[n, j, h]`` with i over queries,
+j over keys and h over heads (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762), exactly.
+torch has several kernels for it, cuDNN's, FlashAttention's and a memory-efficient one, and takes
+the first of a fixed order that can run. Which one is fastest depends on the shape: here they are
+timed, once for each shape, and tensors stay ``(batch, tokens, heads*head_dim)``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.backends import cuda as backends
+
+from lsync_compile.errors import OptionError
+from lsync_compile.kernels.spec import KernelSpec, Tolerance, register
+
+log = logging.getLogger(__name__)
+
+Attend = Callable[[Tensor, Tensor, Tensor, "float | None"], Tensor]
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+# Called as they are: torch.nn.attention.sdpa_kernel switches backends for all threads at once.
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    op = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out: Tensor = op(q, k, v, None, False, 0.0, False, False, scale=scale)[0]
+    return out
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    op = torch.ops.aten._scaled_dot_product_flash_attention
+    out: Tensor = op(q, k, v, 0.0, False, False, scale=scale)[0]
+    return out
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    op = torch.ops.aten._scaled_dot_product_efficient_attention
+    out: Tensor = op(q, k, v, None, False, 0.0, False, scale=scale)[0]
+    return out
+
+
+LIBRARIES: dict[str, tuple[Attend, Callable[[Any], bool]]] = {
+    "cudnn": (_cudnn, backends.can_use_cudnn_attention),
+    "flash": (_flash, backends.can_use_flash_attention),
+    "efficient": (_efficient, backends.can_use_efficient_attention),
+}
+"""The libraries' kernels on ``(N, heads, L, head_dim)``, and who says whether each can run."""
+
+_chosen: dict[Any, str] = {}
+_lock = threading.Lock()
+
+
+def spatial_attention_kernel(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None
+) -> Tensor:
+    """Attend with the library found fastest for arguments like these.
+
+    The first call with new shapes, strides or dtypes times the candidates, for some 30 calls each.
+    While a CUDA graph is captured nothing can be timed: then torch's own order decides.
+    """
+    q, k, v = (_split(x, heads) for x in (q, k, v))
+    name = choice(q, k, v, scale)
+    attend = LIBRARIES[name][0] if name else _torch
+    return _merge(attend(q, k, v, scale))
+
+
+def choice(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str:
+    """The fastest library for ``(N, heads, L, head_dim)`` tensors; "" where torch decides."""
+    if not q.is_cuda:
+        return ""
+    key = (q.device, q.dtype, *((x.shape, x.stride()) for x in (q, k, v)))
+    if key in _chosen or torch.cuda.is_current_stream_capturing():
+        return _chosen.get(key, "")
+    with _lock:
+        if key not in _chosen:
+            times = {name: _time(name, q, k, v, scale) for name in usable(q, k, v)}
+            log.debug("attention %s: %s", tuple(q.shape), times)
+            best = min(times, key=lambda name: times[name], default="")
+            _chosen[key] = best if times.get(best, math.inf) < math.inf else ""
+    return _chosen[key]
+
+
+def usable(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    """The libraries that say they take these tensors."""
+    if q.shape[3] % 8:  # torch pads channels for some of them, which costs more than it gains
+        return []
+    parameters = backends.SDPAParams(q, k, v, None, 0.0, False, False)
+    return [name for name, (_, takes) in LIBRARIES.items() if takes(parameters)]
+
+
+def _time(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
+    """Milliseconds of one call; infinite where the library cannot run after all."""
+    attend = LIBRARIES[name][0]
+    try:
+        with torch.cuda.device(q.device):
+            for _ in range(3):
+                attend(q, k, v, scale)
+            rounds: list[float] = []
+            for _ in range(5):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(1_000_000)  # lets the host run ahead of short kernels
+                begin.record()
+                for _ in range(5):
+                    attend(q, k, v, scale)
+                end.record()
+                end.synchronize()
+                rounds.append(begin.elapsed_time(end) / 5)
+    except RuntimeError as error:  # how torch says that a backend does not take these tensors
+        log.info("attention %s: %s cannot run: %s", tuple(q.shape), name, error)
+        return math.inf
+    return statistics.median(rounds)
+
+
+def spatial_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None
+) -> Tensor:
+    """The same with whatever torch chooses."""
+    return _merge(_torch(_split(q, heads), _split(k, heads), _split(v, heads), scale))
+
+
+@torch.library.custom_op(
+    "lsync::spatial_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, int heads, float? scale=None) -> Tensor",
+)
+def spatial_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None
+) -> Tensor:
+    """Attention of every query and head over the keys of its row.
+
+    Args:
+        q: ``(batch, tokens, heads*head_dim)``; float16, bfloat16 or float32. Slices of a fused
+            projection are read in place.
+        k, v: ``(batch, keys, heads*head_dim)`` of the same dtype.
+        heads: attention heads.
+        scale: factor of the scores; ``head_dim ** -0.5`` when not given.
+
+    Returns:
+        ``(batch, tokens, heads*head_dim)``, contiguous, of ``q``'s dtype.
+
+    Raises:
+        OptionError: shapes or dtypes that differ, or that the heads do not divide.
+    """
+    _check(q, k, v, heads)
+    if q.is_cuda:
+        return spatial_attention_kernel(q, k, v, heads, scale)
+    return spatial_attention_reference(q, k, v, heads, scale)
+
+
+@spatial_attention.register_fake
+def _fake(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None) -> Tensor:
+    _check(q, k, v, heads)
+    return q.new_empty(q.shape)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, heads: int) -> None:
+    fits = q.dim() == k.dim() == 3 and v.shape == k.shape
+    if not fits or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
+        raise OptionError(
+            "spatial_attention: q must be (batch, tokens, channels), k and v (batch, keys, "
+            f"channels), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise OptionError(
+            f"spatial_attention: q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if heads < 1 or q.shape[2] % heads:
+        raise OptionError(f"spatial_attention: heads={heads} must divide {q.shape[2]} channels")
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """``(N, L, heads*head_dim)`` -> ``(N, heads, L, head_dim)``, a view."""
+    out: Tensor = x.unflatten(2, (heads, -1)).transpose(1, 2)
+    return out
+
+
+def _merge(x: Tensor) -> Tensor:
+    """``(N, heads, L, head_dim)`` -> ``(N, L, heads*head_dim)``, contiguous.
+
+    A view for kernels that answer in the layout of their queries, as all of torch's do.
+    """
+    return x.transpose(1, 2).flatten(2).contiguous()
+
+
+SPEC = register(
+    KernelSpec(
+        name="spatial_attention",
+        summary="Attention in the `b s (h d)` layout by the fastest of the libraries' kernels",
+        op=spatial_attention,
+        kernel=spatial_attention_kernel,
+        reference=spatial_attention_reference,
+        source="Vaswani et al. (2017), https://arxiv.org/abs/1706.03762",
+        tolerances={
+            torch.float32: Tolerance(1e-5, "the libraries' float32 kernels"),
+            torch.float16: Tolerance(1e-3, "weights and result are rounded to 11 bits"),
+            torch.bfloat16: Tolerance(8e-3, "weights and result are rounded to 8 bits"),
+        },
+    )
+)
