@@ -115,6 +115,17 @@ class Options:
         default=True,
         metadata=_about("Compute what depends on the timestep alone once for each timestep."),
     )
+    fuse_qkv: bool = field(
+        default=True,
+        metadata=_about("Pass: project queries, keys and values in one product where they can be."),
+    )
+    choose_sdpa: bool = field(
+        default=True,
+        metadata=_about(
+            "Pass: run attention within frames and to the sound with the fastest of the "
+            "libraries' kernels, found by timing them."
+        ),
+    )
     inductor: Mapping[str, Any] = field(
         default_factory=dict,
         hash=False,

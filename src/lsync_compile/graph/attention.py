@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
+import lsync_compile.kernels  # noqa: F401  registers the operators named here
 from lsync_compile.graph.axes import viewed
 from lsync_compile.graph.build import example
 
+_OPS = (torch.ops.lsync.temporal_attention.default, torch.ops.lsync.spatial_attention.default)
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -68,6 +70,23 @@ def projection(operand: Node) -> Node | None:
             return node
         node = viewed(node)
     return None
+
+
+def projections(node: Node) -> list[Node]:
+    """The ``linear`` calls that queries, keys and values of an attention are views of.
+
+    Args:
+        node: plain attention, or one of this package's ops whose first arguments are q, k and v.
+    """
+    found = attention(node)
+    if found is not None:
+        operands: tuple[object, ...] = found.operands
+    elif node.op == "call_function" and node.target in _OPS:
+        operands = node.args[:3]
+    else:
+        return []
+    linears = [projection(operand) for operand in operands if isinstance(operand, Node)]
+    return [linear for linear in linears if linear is not None]
 
 
 def _shape(node: Node) -> torch.Size | None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from lsync_compile.passes import (
+    choose_sdpa,
     fuse_add_layer_norm,
     fuse_geglu,
     fuse_group_norm_silu,
+    fuse_qkv,
     fuse_temporal_attention,
     remove_noops,
     share_repeated,
 )
 
 __all__ = [
+    "choose_sdpa",
     "fuse_add_layer_norm",
     "fuse_geglu",
     "fuse_group_norm_silu",
+    "fuse_qkv",
     "fuse_temporal_attention",
     "remove_noops",
     "share_repeated",
