@@ -46,8 +46,8 @@ def vae_decoder() -> Captured:
     return _fresh(*_vae()[1])
 
 
-@functools.cache
-def _stable_diffusion_unet() -> Captured:
+def make_stable_diffusion_unet() -> nn.Module:
+    """diffusers' UNet with the blocks of Stable Diffusion 1.5 at small width, noise in it."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -56,11 +56,16 @@ def _stable_diffusion_unet() -> Captured:
         attention_head_dim=8,
         norm_num_groups=32,
     )
-    return _captured(unet, _noise(2, 4, 16, 16), torch.tensor(501), _noise(2, 7, 32))
+    return _with_noise(unet)
 
 
-@functools.cache
-def _vae() -> tuple[Captured, Captured]:
+def stable_diffusion_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Of one step with guidance: sample, timestep, text."""
+    return _noise(2, 4, 16, 16), torch.tensor(501), _noise(2, 7, 32)
+
+
+def make_vae() -> AutoencoderKL:
+    """diffusers' VAE with the blocks of Stable Diffusion at small width, noise in it."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(32, 32, 64, 64),
@@ -70,16 +75,37 @@ def _vae() -> tuple[Captured, Captured]:
         latent_channels=4,
         norm_num_groups=32,
     )
-    return _captured(vae.encoder, _noise(1, 3, 64, 64)), _captured(vae.decoder, _noise(1, 4, 8, 8))
+    return _with_noise(vae)
 
 
-def _captured(module: nn.Module, *inputs: Tensor) -> Captured:
-    """The graph without no-ops, of a module with noise in every matrix."""
+def vae_inputs() -> tuple[Tensor, Tensor]:
+    """A picture for the encoder and latents for the decoder."""
+    return _noise(1, 3, 64, 64), _noise(1, 4, 8, 8)
+
+
+@functools.cache
+def _stable_diffusion_unet() -> Captured:
+    return _captured(make_stable_diffusion_unet(), *stable_diffusion_inputs())
+
+
+@functools.cache
+def _vae() -> tuple[Captured, Captured]:
+    vae, (picture, latents) = make_vae(), vae_inputs()
+    return _captured(vae.encoder, picture), _captured(vae.decoder, latents)
+
+
+def _with_noise(module: Any) -> Any:
+    """The module with noise in every matrix, for inference."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return module.eval().requires_grad_(False)
+
+
+def _captured(module: nn.Module, *inputs: Tensor) -> Captured:
+    """The graph without no-ops."""
     with torch.no_grad():
-        gm, values = capture(module.eval().requires_grad_(False), *inputs)
+        gm, values = capture(module, *inputs)
     PassManager(Options(), [RemoveNoops]).run(gm, "module", "graph")
     return gm, values
 
