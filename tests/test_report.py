@@ -6,7 +6,7 @@ import json
 import threading
 
 from lsync_compile.options import resolve_options
-from lsync_compile.report import GraphRecord, PassRecord, Session
+from lsync_compile.report import CaptureRecord, GraphRecord, PassRecord, Session
 
 
 def record(name: str, kind: str, frame: int = 0, **more: object) -> GraphRecord:
@@ -43,6 +43,7 @@ def test_counters() -> None:
         "breaks": 1,
         "fallbacks": 1,
         "cache_hits": 1,
+        "captured": 0,
         "calls": 0,
     }
 
@@ -54,6 +55,23 @@ def test_text_says_what_was_done_and_why_not() -> None:
     assert "share_repeated: vetoed (add_ writes in place)" in text
     assert "not compiled: lowering: no" in text
     assert "no approximate optimisation is in this version" in text
+
+
+def test_text_says_what_is_replayed_and_the_memory_it_takes() -> None:
+    made = session()
+    replayed = CaptureRecord("captured", captures=1, replays=40, planned_bytes=3 * 2**29)
+    replayed.summed_bytes, replayed.pool_bytes = 30 * 2**30, 2**30
+    made.add_graph(record("unet.0.4", "variant", capture=replayed))
+    made.add_graph(record("unet.0.5", "variant", capture=CaptureRecord("refused", "it is random")))
+    made.add_graph(record("unet.0.6", "variant", capture=CaptureRecord()))
+    text = str(made.report())
+    assert (
+        "CUDA graph: 40 replays; memory 1.5 GiB planned (30.0 GiB without reuse), 1.0 GiB in its "
+        "pool, inputs 0 B; 0.00 s"
+    ) in text
+    assert "CUDA graph: none (it is random)" in text
+    assert "CUDA graph: not called yet" in text
+    assert made.report().counters["captured"] == 1
 
 
 def test_plain_values_go_through_json() -> None:

@@ -22,7 +22,15 @@ from lsync_compile.graph.copying import copy_graph
 from lsync_compile.graph.staging import Staging, cut, why_not
 from lsync_compile.lowering import get_lowering
 from lsync_compile.lowering.base import GraphFunction
-from lsync_compile.lowering.staged import enabled_stages, main_inputs, stage_records, staged_call
+from lsync_compile.lowering.cuda_graph import capturing
+from lsync_compile.lowering.staged import (
+    MainResults,
+    enabled_stages,
+    main_inputs,
+    main_results,
+    stage_records,
+    staged_call,
+)
 from lsync_compile.options import resolve_options
 from lsync_compile.passes.kernel_pass import wants_gradient
 from lsync_compile.passes.manager import PassManager
@@ -107,7 +115,7 @@ class GraphCompiler:
         if staging is None:
             return self._lower(gm, example_inputs, record)
         inputs = main_inputs(staging, example_inputs)
-        main = self._lower(staging.main.gm, inputs, record)
+        main = self._lower(staging.main.gm, inputs, record, main_results(staging, example_inputs))
         count = self.session.count_stage
         return staged_call(staging, main, record.stages, count)
 
@@ -128,9 +136,16 @@ class GraphCompiler:
         return staging
 
     def _lower(
-        self, gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        record: GraphRecord,
+        results: MainResults = MainResults(),  # noqa: B008  frozen
     ) -> GraphFunction:
         options = self.session.options
+        capture = capturing(
+            gm, example_inputs, self.session, record, kept=results.kept, stable=results.stable
+        )
         started = time.perf_counter()
         try:
             lowered = get_lowering(options.lowering)(gm, example_inputs, options)
@@ -139,7 +154,7 @@ class GraphCompiler:
         record.lowering_seconds = time.perf_counter() - started
         record.lowering = options.lowering + (f" ({lowered.note})" if lowered.note else "")
         record.cache_hit = lowered.cache_hit
-        return lowered.call
+        return capture(lowered.call)
 
     def _rewrite(self, gm: GraphModule, record: GraphRecord) -> None:
         started = time.perf_counter()

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lsync_compile.options import Options, preset_note
+from lsync_compile.runtime.memory import MemoryPools, readable
 
 Kind = Literal["first", "variant", "recompile"]
 Outcome = Literal["applied", "no match", "off", "not for this graph", "vetoed"]
@@ -37,6 +38,34 @@ class PassRecord:
     nodes_after: int = 0
     seconds: float = 0.0
     reason: str = ""
+
+
+@dataclass
+class CaptureRecord:
+    """What became of a graph as a CUDA graph, and the memory it takes.
+
+    Attributes:
+        state: "waiting" for its first call, "captured", or "refused": it runs as it was lowered.
+        reason: why it is refused.
+        captures: recordings; another one follows when weights have moved.
+        replays: calls that were one launch.
+        planned_bytes: scratch of one run as planned from the graph.
+        summed_bytes: the same if no memory were used twice.
+        static_bytes: the inputs that are copied to addresses of their own.
+        pool_bytes: scratch that the graph and the others of its pool took from the device,
+            measured after its last recording.
+        seconds: warming up and recording.
+    """
+
+    state: Literal["waiting", "captured", "refused"] = "waiting"
+    reason: str = ""
+    captures: int = 0
+    replays: int = 0
+    planned_bytes: int = 0
+    summed_bytes: int = 0
+    static_bytes: int = 0
+    pool_bytes: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -78,6 +107,7 @@ class GraphRecord:
         calls: how often it ran.
         stages: parts that do not run in each call.
         unstaged: why there are none; empty where there are, or nothing is to be gained.
+        capture: its CUDA graph; None on devices without, or with the option off.
     """
 
     name: str
@@ -96,6 +126,7 @@ class GraphRecord:
     calls: int = 0
     stages: list[StageRecord] = field(default_factory=list)
     unstaged: str = ""
+    capture: CaptureRecord | None = None
 
 
 @dataclass
@@ -120,6 +151,10 @@ class Report:
             "breaks": len(frames) - len({target for target, _ in frames}),
             "fallbacks": sum(bool(graph.fallback) for graph in self.graphs),
             "cache_hits": sum(graph.cache_hit for graph in self.graphs),
+            "captured": sum(
+                graph.capture is not None and graph.capture.state == "captured"
+                for graph in self.graphs
+            ),
             "calls": sum(graph.calls for graph in self.graphs),
         }
 
@@ -137,11 +172,15 @@ class Session:
     Args:
         name: what the report calls the object.
         options: its options; exchanged by the hook when only non-rebuild options change.
+
+    Attributes:
+        memory: the static memory of its captured graphs.
     """
 
     def __init__(self, name: str, options: Options) -> None:
         self.name = name
         self.options = options
+        self.memory = MemoryPools()
         self.lock = threading.Lock()
         self._graphs: list[GraphRecord] = []
         self._notes: list[str] = []
@@ -214,6 +253,8 @@ def format_report(report: Report) -> str:
         lines.extend(f"    {format_stage(stage)}" for stage in graph.stages)
         if graph.unstaged:
             lines.append(f"    in one piece: {graph.unstaged}")
+        if graph.capture is not None:
+            lines.append(f"    CUDA graph: {format_capture(graph.capture)}")
         if graph.fallback:
             lines.append(f"    not compiled: {graph.fallback}")
     lines.extend(f"  note: {text}" for text in report.notes)
@@ -228,6 +269,19 @@ def format_pass(record: PassRecord) -> str:
             f"{record.nodes_before} -> {record.nodes_after}, {1000 * record.seconds:.0f} ms"
         )
     return f"{record.name}: {record.outcome}" + (f" ({record.reason})" if record.reason else "")
+
+
+def format_capture(record: CaptureRecord) -> str:
+    """One line: what is replayed and the memory it takes, or why nothing is."""
+    if record.state != "captured":
+        return "not called yet" if record.state == "waiting" else f"none ({record.reason})"
+    again = f", captured {record.captures} times" if record.captures > 1 else ""
+    return (
+        f"{_count(record.replays, 'replay')}{again}; memory {readable(record.planned_bytes)} "
+        f"planned ({readable(record.summed_bytes)} without reuse), "
+        f"{readable(record.pool_bytes)} in its pool, inputs {readable(record.static_bytes)}; "
+        f"{record.seconds:.2f} s"
+    )
 
 
 def format_stage(record: StageRecord) -> str:

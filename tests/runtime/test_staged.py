@@ -135,6 +135,23 @@ def test_writes_that_autograd_does_not_see_count_from_the_next_run_on() -> None:
         machine()
 
 
+def test_results_of_the_same_weights_stay_where_they_are() -> None:
+    machine = Machine()
+    with step_context("a", chunk=0, step=0, steps=2):
+        machine()
+    (result,) = machine.call._kept.weights
+    address = result.data_ptr()
+    machine.weight.data.mul_(3)  # unseen until the next run
+    with step_context("b", chunk=0, step=0, steps=2):
+        machine()
+    (again,) = machine.call._kept.weights
+    assert again is result
+    assert again.data_ptr() == address
+    machine.weight = torch.rand(2)
+    machine()
+    assert machine.call._kept.weights[0] is not result
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_other_sound_in_the_same_chunk_is_noticed(inference: bool) -> None:
     machine = Machine()

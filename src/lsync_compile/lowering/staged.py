@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,6 +56,32 @@ def main_inputs(staging: Staging, example_inputs: Sequence[Any]) -> list[Any]:
     layouts = [value for graph in staging.stages.values() for value in graph.results]
     values = [*example_inputs, *(value if fake else _empty(value) for value in layouts)]
     return [values[index] for index in staging.main.inputs]
+
+
+@dataclass(frozen=True)
+class MainResults:
+    """Which placeholders of the main graph are results of stages, by name.
+
+    Attributes:
+        stable: of the weights' stage: they stay where they are until a weight changes.
+        kept: of the others: the same values as long as they are the same tensors.
+    """
+
+    stable: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()
+
+
+def main_results(staging: Staging, example_inputs: Sequence[Any]) -> MainResults:
+    """The main graph's inputs that stages compute; ``example_inputs`` are the captured graph's."""
+    weights = staging.stages.get(Stage.WEIGHTS)
+    first = len(example_inputs)  # numbers below are inputs, the weights' results come next
+    others = first + (0 if weights is None else len(weights.results))
+    names = [node.name for node in staging.main.gm.graph.find_nodes(op="placeholder")]
+    numbered = list(zip(names, staging.main.inputs, strict=True))
+    return MainResults(
+        stable=frozenset(name for name, number in numbered if first <= number < others),
+        kept=frozenset(name for name, number in numbered if number >= others),
+    )
 
 
 def staged_call(

@@ -155,8 +155,9 @@ class StagedCall:
                 self._weights.count(computed=False)
             return kept
         runs = [] if kept is None else kept.runs
-        kept = self._kept = None  # the old results go before the new ones come
-        made = _Kept(Watch(watched), _run(self._weights, args))
+        held = kept.weights if kept is not None and kept.watch.holds(watched) else ()
+        kept = self._kept = None  # results of other weights go before the new ones come
+        made = _Kept(Watch(watched), _at_home(_run(self._weights, args), held))
         if context is not None:
             made.runs = [*runs, context.run][-RUNS:]
         self._kept = made
@@ -221,6 +222,18 @@ def _run(stage: StageFunction | None, values: Sequence[Any]) -> Results:
     stage.count(computed=True)
     results = stage.call(*_picker(stage.inputs)(values))
     return tuple(map(_as_planned, results, stage.layouts))
+
+
+def _at_home(results: Results, held: Results) -> Results:
+    """Results of the same weights in the memory of the last ones, whose addresses are known."""
+    modes = torch.is_inference_mode_enabled(), any(value.is_inference() for value in held)
+    if not held or modes == (False, True):  # which torch does not let anyone write to
+        return results
+    pairs = [(h, r) for h, r in zip(held, results, strict=True) if h.data_ptr() != r.data_ptr()]
+    if pairs:
+        with torch.no_grad():
+            torch._foreach_copy_([home for home, _ in pairs], [new for _, new in pairs])
+    return held
 
 
 def _as_planned(result: Tensor, layout: Tensor) -> Tensor:
