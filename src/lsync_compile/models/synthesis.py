@@ -138,12 +138,14 @@ class ChunkSynthesizer:
     ) -> Tensor:
         """Noise (1, 4, f, h, w) to clean latents of the same shape."""
         job = self.job
-        # Set anew for each chunk: multi-step solvers keep the last chunk's history otherwise.
-        self.scheduler.set_timesteps(job.num_inference_steps, device=latents.device)
+        # Set anew for each chunk: multi-step solvers keep the last chunk's history otherwise. On
+        # the host: schedulers look at timesteps in each step, and to read one from a GPU the host
+        # would wait for all that it has given it.
+        self.scheduler.set_timesteps(job.num_inference_steps, device="cpu")
         latents = latents * self.scheduler.init_noise_sigma
         extra = self._scheduler_arguments()
         timesteps = self.scheduler.timesteps
-        values = timesteps.tolist()  # once a chunk: to read one in a step, the host would wait
+        on_device, values = timesteps.to(latents.device), timesteps.tolist()
         vouched = self._vouched(conditions)
         for step, timestep in enumerate(timesteps):
             sample = self.scheduler.scale_model_input(latents, timestep)
@@ -152,7 +154,9 @@ class ChunkSynthesizer:
             with step_context(
                 self.run, chunk, step, len(values), timestep=values[step], vouched=vouched
             ):
-                noise = self.unet(sample, timestep, encoder_hidden_states=conditions.audio).sample
+                noise = self.unet(
+                    sample, on_device[step], encoder_hidden_states=conditions.audio
+                ).sample
             if job.guided:
                 null, heard = noise.chunk(2)
                 noise = null + job.guidance_scale * (heard - null)
