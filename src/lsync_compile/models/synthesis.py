@@ -10,15 +10,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from lsync_compile.models.job import Job
 from lsync_compile.models.unet import UNet3DConditionModel
 from lsync_compile.runtime.context import step_context
+
+if TYPE_CHECKING:  # it brings the libraries for video files along
+    from lsync_compile.models.job import Job
 
 
 @dataclass(frozen=True)
