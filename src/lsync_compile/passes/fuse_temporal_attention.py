@@ -4,9 +4,9 @@ A motion module attends along the frames at each pixel position. Library attenti
 sequence next to the channels, so the module makes rows of positions, works there, and goes back::
 
     x (b f) c h w                               x (b f) c h w
-    h = x.view(b, f, c, h, w)                   h = x.permute(0, 2, 3, 1)
-         .permute(0, 3, 4, 1, 2)                     .reshape(b*f, h*w, c)
-         .flatten(0, 2)        # (b s) f c           # (b f) s c
+    h = x.view(b, f, c, h, w)                   h = x.reshape(b*f, c, h*w)
+         .permute(0, 3, 4, 1, 2)                     .permute(0, 2, 1)
+         .flatten(0, 2)        # (b s) f c           .contiguous()          # (b f) s c
     n = layer_norm(h, ...) + pe           ->    n = (layer_norm(h, ...).unflatten(0, (b, f))
                                                      + pe[:, None]).flatten(0, 1)
     q, k, v = linear(n, ...), ...               q, k, v = linear(n, ...), ...
@@ -276,7 +276,9 @@ def _counterpart(node: Node, value: Value, made: dict[Node, Node]) -> Node:
     graph, grid = node.graph, value.grid
     if value.root is not None:
         root, want = value.root
-        return arrange(graph, root, whole(_shape(root)), want, like=node)
+        rows = arrange(graph, root, whole(_shape(root)), want, like=node)
+        # Free where channels lie together; elsewhere products of turned rows would cost more.
+        return call(graph, "contiguous", rows, like=node)
     if value.kind == "view":
         return made[node.args[0]]  # type: ignore[index]  # viewed() saw that it is a node
     if value.kind == "attention":
