@@ -198,6 +198,8 @@ def test_torch_logs_switches_the_log_on(tmp_path: Path) -> None:
         check=True,
     )
     assert "module.0.0: 3 -> 3 nodes" in result.stderr
+    assert "module.0.0: pass share_repeated: no match, 0 ms" in result.stderr
+    assert "compiling function" in result.stderr or "compiling module" in result.stderr
 
 
 # The real UNet

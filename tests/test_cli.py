@@ -14,6 +14,7 @@ from lsync_compile import cli
 from lsync_compile.doctor import Finding
 from lsync_compile.media.video import read_frames
 from lsync_compile.models.pipeline import LatentSyncPipeline
+from lsync_compile.passes.spec import registered
 
 Maker = Callable[..., Path]
 
@@ -187,9 +188,30 @@ def test_doctor_prints_extras_as_pip_takes_them(
     assert "lsync-compile[quality]" in lsync("doctor")[1]
 
 
-def test_explain_names_graph_and_passes(lsync: Callable) -> None:
+def test_explain_names_graphs_passes_and_stages(lsync: Callable) -> None:
     code, text, _ = lsync("explain", "--json", "--num-frames", 4)
     explanation = json.loads(text)
     assert code == 0
-    assert len(explanation["graphs"]) == 1
-    assert explanation["graphs"][0]["record"]["passes"]
+    graphs = {graph["record"]["target"]: graph["record"] for graph in explanation["graphs"]}
+    assert list(graphs) == ["unet", "vae.encoder", "vae.decoder"]
+    passes = {done["name"]: done for done in graphs["unet"]["passes"]}
+    assert passes.keys() == registered().keys()
+    assert "no kernel runs on a CPU" in passes["fuse_geglu"]["reason"]
+    # As in a run: what depends on the sound or on the timestep has stages of its own.
+    stages = {stage["name"] for stage in graphs["unet"]["stages"]}
+    assert {"chunk", "timestep"} <= stages
+
+
+def test_explain_takes_parts_and_shows_kernels_on_a_cpu(lsync: Callable, tmp_path: Path) -> None:
+    code, text, _ = lsync(
+        "explain", "--num-frames", 2, "--part", "unet", "--kernels", "on", "--dump", tmp_path
+    )
+    assert code == 0
+    assert "unet.0.0" in text
+    assert "vae" not in text
+    assert "pass fuse_geglu: 22 matches, nodes " in text
+    assert "stage timestep: " in text
+    assert {path.name.split(".")[-2] for path in (tmp_path / "unet.0.0").iterdir()} == {
+        "before",
+        "after",
+    }

@@ -12,6 +12,7 @@ import lsync_compile
 from lsync_compile.errors import OptionError
 from lsync_compile.explain import explain
 from lsync_compile.passes.manager import PassManager
+from lsync_compile.runtime.context import Terms
 
 INPUTS = (torch.randn(1, 4, 8, 8), torch.tensor(3))
 
@@ -83,6 +84,20 @@ def test_a_failing_pass_is_explained_without_running(monkeypatch: pytest.MonkeyP
 )
 def test_inputs_by_position_by_name_or_both(inputs: object) -> None:
     assert len(explain(Attention().eval(), inputs).graphs) == 1
+
+
+def test_a_run_s_unet_has_passes_and_stages_of_its_own() -> None:
+    """What a run vouches for, and the stages it allows, is explained when its terms are given."""
+    pipe = Pipeline()
+    pipe.unet = make_unet(layers=1)
+    inputs = {"unet": unet_inputs(frames=2, side=8)}
+    run = explain(pipe, inputs, terms=Terms(chunks=True, timesteps=True))
+    stages = {stage.name for stage in run.graphs[0].record.stages}
+    assert {"timestep", "chunk"} <= stages
+    alone = explain(pipe, inputs)
+    assert {stage.name for stage in alone.graphs[0].record.stages} == stages & {"weights"}
+    assert "stage timestep: " in str(run)
+    assert "computed" not in str(run)  # nothing has run
 
 
 def test_a_pipeline_is_explained_by_role() -> None:

@@ -34,7 +34,8 @@ from lsync_compile.lowering.staged import (
 from lsync_compile.options import resolve_options
 from lsync_compile.passes.kernel_pass import wants_gradient
 from lsync_compile.passes.manager import PassManager
-from lsync_compile.report import GraphRecord, Kind, Session
+from lsync_compile.progress import Compiling, announced, typical_seconds
+from lsync_compile.report import GraphRecord, Kind, Session, format_pass
 from lsync_compile.runtime.context import Terms
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,8 @@ class GraphCompiler:
         )
         started = time.perf_counter()
         try:
-            lowered = get_lowering(options.lowering)(gm, example_inputs, options)
+            with announced(_news(gm, example_inputs, record, options.lowering)):
+                lowered = get_lowering(options.lowering)(gm, example_inputs, options)
         except LOWERING_ERRORS as error:
             raise Failure(f"lowering {options.lowering!r}", error) from error
         record.lowering_seconds = time.perf_counter() - started
@@ -165,6 +167,8 @@ class GraphCompiler:
             raise Failure("passes", error) from error
         record.pass_seconds = time.perf_counter() - started
         record.nodes_out = len(gm.graph.nodes)
+        for done in record.passes:
+            log.debug("%s: pass %s", record.name, format_pass(done))
 
     def _fall_back(
         self, untouched: GraphModule, record: GraphRecord, failure: Failure
@@ -241,6 +245,17 @@ def _frame_id() -> int:
     if compile_id is None or compile_id.frame_id is None:
         return 0
     return compile_id.frame_id
+
+
+def _news(
+    gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord, lowering: str
+) -> Compiling:
+    """What the lowering is about to do, for people who wait for it."""
+    operations = sum(node.op.startswith("call") for node in gm.graph.nodes)
+    tensors = (value for value in example_inputs if isinstance(value, torch.Tensor))
+    device = next((tensor.device.type for tensor in tensors if tensor.dim()), "cpu")
+    seconds = typical_seconds(lowering, device, operations)
+    return Compiling(record.target, record.inputs, operations, seconds)
 
 
 def _signature(example_inputs: Sequence[Any]) -> str:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from lsync_compile import __version__
 from lsync_compile.errors import Interrupted, LsyncError, OptionError
+from lsync_compile.progress import WORTH_SAYING, Compiling, listening
 from lsync_compile.quality.cli import quality
 
 app = typer.Typer(
@@ -41,6 +42,25 @@ class Lowering(str, Enum):
 
     inductor = "inductor"
     eager = "eager"
+
+
+class Kernels(str, Enum):
+    """Whether passes may put this package's kernels into graphs."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+class Part(str, Enum):
+    """A network of the pipeline."""
+
+    unet = "unet"
+    encoder = "vae.encoder"
+    decoder = "vae.decoder"
+
+
+ALL_PARTS = list(Part)
 
 
 class MissingFace(str, Enum):
@@ -209,6 +229,10 @@ def explain(
     lowering: Annotated[Lowering, typer.Option(help="What would run it.")] = Lowering.eager,
     num_frames: Annotated[int, typer.Option(min=1, help="Frames a chunk.")] = 16,
     guidance: Annotated[bool, typer.Option(help="With the doubled batch of guidance.")] = True,
+    part: Annotated[list[Part], typer.Option(help="A network; may be given again.")] = ALL_PARTS,
+    kernels: Annotated[
+        Kernels, typer.Option(help="on shows on a CPU what kernels replace on a GPU.")
+    ] = Kernels.auto,
     dump: Annotated[
         Path | None, typer.Option(help="Folder for the graph before and after each pass.")
     ] = None,
@@ -216,7 +240,7 @@ def explain(
     dtype: NumberFormat = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what the backend does with a checkpoint's UNet, pass by pass, and why not."""
+    """Say what the backend does with a checkpoint's networks, pass by pass, and why not."""
     import lsync_compile
     from lsync_compile.explain import explain as explain_module
 
@@ -225,11 +249,14 @@ def explain(
     pipe = lsync_compile.LatentSyncPipeline.from_pretrained(
         checkpoint, torch_dtype=number_format, device=place, resolution=resolution
     )
+    inputs = pipe.example_inputs(num_frames, guidance)
     explanation = explain_module(
-        pipe.unet,
-        example_inputs=pipe.example_unet_inputs(num_frames=num_frames, guided=guidance),
+        pipe,
+        {role.value: inputs[role.value] for role in part},
+        terms=pipe.example_terms(guidance),
         preset=preset.value,
         lowering=lowering.value,
+        kernels=kernels.value,
         dump_dir=dump,
     )
     typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
@@ -300,8 +327,15 @@ def _progress(console: Console, label: str) -> Iterator[Any]:
         disable=console.quiet,
     ) as bar:
         task = bar.add_task(label, total=None)
+
+        def tell(compiling: Compiling, seconds: float | None) -> None:
+            waiting = seconds is None and compiling.typical_seconds >= WORTH_SAYING
+            news = f"Compiling {compiling.name}, typically {compiling.typically} the first time"
+            bar.update(task, description=news if waiting else label)
+
         try:
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            with listening(tell):
+                yield lambda done, total: bar.update(task, completed=done, total=total)
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted; no output was written") from error
 

@@ -108,7 +108,9 @@ class PipelineHandle(Handle):
             }
             if not example_inputs:
                 raise OptionError("explain() needs example_inputs until the pipeline has run once")
-        return explain_with(self._original, example_inputs, self.options)
+        unet = self._calls.get("unet")
+        terms = None if unet is None else unet.seen_terms
+        return explain_with(self._original, example_inputs, self.options, terms)
 
     def settle(self) -> None:
         """Compile modules that are not yet, or were exchanged since (``pipe.unet = other``).

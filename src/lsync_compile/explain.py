@@ -26,7 +26,8 @@ from lsync_compile.graph.census import Census, census
 from lsync_compile.graph.skips import skip_joins
 from lsync_compile.lowering.base import GraphFunction
 from lsync_compile.options import Options, resolve_options
-from lsync_compile.report import GraphRecord, Report, Session, format_pass
+from lsync_compile.report import GraphRecord, Report, Session, format_pass, format_stage
+from lsync_compile.runtime.context import Terms
 from lsync_compile.targets import TensorShape, own_call
 
 
@@ -76,7 +77,12 @@ class Explanation:
 
 
 def explain(
-    obj: Any, example_inputs: Any, *, mode: str | None = None, **options: Any
+    obj: Any,
+    example_inputs: Any,
+    *,
+    mode: str | None = None,
+    terms: Terms | None = None,
+    **options: Any,
 ) -> Explanation:
     """Say what lsync does with a module or a pipeline, pass by pass, and why not.
 
@@ -87,16 +93,21 @@ def explain(
             "vae.decoder" to those, what is left out is not explained. Shapes, dtypes and devices
             matter, values do not.
         mode: a preset's name.
+        terms: what a run says of its UNet calls; nothing by default. With
+            ``pipe.example_terms()``, a :class:`LatentSyncPipeline` is explained as it runs.
         **options: see :class:`lsync_compile.Options`.
 
     Raises:
         OptionError: for a wrong option, or inputs that fit no module of the pipeline.
     """
     preset = "balanced" if is_pipeline(obj) else "exact"
-    return explain_with(obj, example_inputs, resolve_options(mode, options, default_preset=preset))
+    resolved = resolve_options(mode, options, default_preset=preset)
+    return explain_with(obj, example_inputs, resolved, terms)
 
 
-def explain_with(obj: Any, example_inputs: Any, options: Options) -> Explanation:
+def explain_with(
+    obj: Any, example_inputs: Any, options: Options, terms: Terms | None = None
+) -> Explanation:
     """:func:`explain` with checked options."""
     session = Session(type(obj).__name__, options)
     graphs: list[GraphExplanation] = []
@@ -104,7 +115,7 @@ def explain_with(obj: Any, example_inputs: Any, options: Options) -> Explanation
     started = time.perf_counter()
     for role, module, inputs in _modules(obj, example_inputs):
         args, kwargs = _arguments(inputs)
-        compiler = _Explainer(session, role, graphs)
+        compiler = _Explainer(session, role, graphs, terms if role == "unet" else None)
         run = torch.compile(own_call(module), backend=compiler, dynamic=False)
         with torch.no_grad():
             run(*args, **kwargs)
@@ -123,8 +134,14 @@ def zeros_like_seen(seen: Any) -> Any:
 class _Explainer(GraphCompiler):
     """Runs the passes and takes the census; what it returns computes nothing."""
 
-    def __init__(self, session: Session, target: str, graphs: list[GraphExplanation]) -> None:
-        super().__init__(session, target)
+    def __init__(
+        self,
+        session: Session,
+        target: str,
+        graphs: list[GraphExplanation],
+        terms: Terms | None,
+    ) -> None:
+        super().__init__(session, target, terms=terms)
         self._graphs = graphs
 
     def _compile(
@@ -132,6 +149,7 @@ class _Explainer(GraphCompiler):
     ) -> GraphFunction:
         before = census(gm)
         self._rewrite(gm, record)
+        self._stage(gm, record)
         record.lowering = f"{self.session.options.lowering} (not run)"
         return self._explained(gm, record, before)
 
@@ -206,6 +224,8 @@ def format_explanation(explanation: Explanation) -> str:
             f"{graph.before.flops / 1e9:.2f} GFLOP -> {graph.after.flops / 1e9:.2f}",
             *([f"    not compiled: {record.fallback}"] if record.fallback else []),
             *(f"    pass {format_pass(done)}" for done in record.passes),
+            *(f"    {format_stage(stage, ran=False)}" for stage in record.stages),
+            *([f"    in one piece: {record.unstaged}"] if record.unstaged else []),
         ]
         total = max(graph.after.flops, 1)
         lines += [

@@ -268,7 +268,9 @@ def format_pass(record: PassRecord) -> str:
             f"{record.name}: {_count(record.matches, 'match', 'matches')}, nodes "
             f"{record.nodes_before} -> {record.nodes_after}, {1000 * record.seconds:.0f} ms"
         )
-    return f"{record.name}: {record.outcome}" + (f" ({record.reason})" if record.reason else "")
+    if record.outcome == "no match":
+        return f"{record.name}: no match, {1000 * record.seconds:.0f} ms"
+    return f"{record.name}: {record.outcome} ({record.reason})"
 
 
 def format_capture(record: CaptureRecord) -> str:
@@ -284,13 +286,13 @@ def format_capture(record: CaptureRecord) -> str:
     )
 
 
-def format_stage(record: StageRecord) -> str:
-    """One line: what a stage holds and how often it was spared."""
-    return (
+def format_stage(record: StageRecord, *, ran: bool = True) -> str:
+    """One line: what a stage holds and, where it ran, how often it was spared."""
+    line = (
         f"stage {record.name}: {_count(record.operations, 'operation')}, "
-        f"{_count(record.results, 'result')} ({record.bytes / 2**20:.1f} MiB), "
-        f"computed {record.computed}, reused {record.reused}"
+        f"{_count(record.results, 'result')} ({record.bytes / 2**20:.1f} MiB)"
     )
+    return f"{line}, computed {record.computed}, reused {record.reused}" if ran else line
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lsync_compile.backend import GraphCompiler
 from lsync_compile.errors import CompileError, LsyncError, OptionError
 from lsync_compile.report import Session
-from lsync_compile.runtime.context import current_terms
+from lsync_compile.runtime.context import Terms, current_terms
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class CompiledCall:
 
     Attributes:
         seen: (args, kwargs) of the first call with :class:`TensorShape` for each tensor, or None.
+        seen_terms: what that call said of itself.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class CompiledCall:
         self.session = session
         self.role = role
         self.seen: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.seen_terms: Terms | None = None
         self._dynamic = dynamic
         self._fullgraph = fullgraph
         self._plain = False
@@ -94,6 +96,7 @@ class CompiledCall:
             return self.module._call_impl(*args, **kwargs)
         if self.seen is None:
             self.seen = tree_map(_shape_of, (args, kwargs))
+            self.seen_terms = current_terms()
         try:
             return self._for_shapes(args, kwargs)(*args, **kwargs)
         except BackendCompilerFailed as error:

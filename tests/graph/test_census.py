@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lsync_compile.graph.census import census
+from lsync_compile.kernels import spatial_attention, temporal_attention
 
 
 def test_flops_of_the_real_unet_are_those_of_running_it() -> None:
@@ -38,6 +39,14 @@ def test_convolutions_count_outside_resnets_too() -> None:
     gm, _ = capture(nn.Conv2d(3, 4, 1), torch.ones(1, 3, 2, 2))
     (part,) = census(gm).parts
     assert (part.name, part.flops) == ("resnet and convolution", 2 * 3 * 4 * 4)
+
+
+def test_an_own_attention_counts_as_the_one_it_replaces() -> None:
+    q = torch.ones(6, 4, 16)
+    own, _ = capture(lambda x: temporal_attention(x, x, x, 3, 2), q)
+    spatial, _ = capture(lambda x: spatial_attention(x, x, x, 2), q)
+    assert census(own).flops == 2 * 2 * (6 // 3) * 4 * 2 * 3 * 3 * 8
+    assert census(spatial).flops == 2 * 2 * 6 * 2 * 4 * 4 * 8
 
 
 def test_symbolic_sizes_are_refused() -> None:

@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
 from lsync_compile.graph.modules import module_path
+from lsync_compile.kernels.spec import KernelSpec, registered
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d)
 PRODUCTS = (F.linear, torch.matmul, torch.bmm, torch.baddbmm, torch.addmm, torch.mm, torch.einsum)
@@ -71,7 +72,9 @@ def census(gm: GraphModule) -> Census:
             part = part_of(node)
             before = counter.get_total_flops()
             if node.target in _HEAVY:
-                _run_on_meta(node)
+                _run_on_meta(node, node.target)
+            elif (kernel := _kernel_of(node)) is not None:
+                _run_on_meta(node, kernel.reference)
             count[part] += 1
             flops[part] += counter.get_total_flops() - before
     parts = [PartCensus(name, count[name], flops[name]) for name in count]
@@ -95,9 +98,17 @@ def part_of(node: Node) -> str:
     return "other"
 
 
-def _run_on_meta(node: Node) -> None:
+def _kernel_of(node: Node) -> KernelSpec | None:
+    """The kernel of this package that a node calls; its reference counts as what it replaces."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    namespace, _, name = node.target._schema.name.partition("::")
+    return registered().get(name) if namespace == "lsync" else None
+
+
+def _run_on_meta(node: Node, function: Any) -> None:
     args, kwargs = map_arg((node.args, node.kwargs), _meta_value)
-    node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function node
+    function(*args, **kwargs)
 
 
 def _meta_value(node: Node) -> Any:

@@ -46,8 +46,9 @@ from lsync_compile.models.job import (
     check_resolution,
 )
 from lsync_compile.models.scheduler import default_scheduler
-from lsync_compile.models.synthesis import ChunkSynthesizer
+from lsync_compile.models.synthesis import ChunkSynthesizer, example_inputs, vouched_inputs
 from lsync_compile.models.unet import UNet3DConditionModel
+from lsync_compile.runtime.context import Terms
 
 
 class LatentSyncPipeline(DiffusionPipeline):
@@ -139,20 +140,17 @@ class LatentSyncPipeline(DiffusionPipeline):
         """(1, R, R) float32: 1 where the aligned face is kept, 0 where it is generated."""
         return mouth_mask(self.resolution, self.mask_path)
 
-    def example_unet_inputs(self, num_frames: int = 16, guided: bool = True) -> dict[str, Tensor]:
-        """Random inputs of one UNet step, of the shapes and dtypes that a chunk has."""
-        config, side = self.unet.config, int(self.unet.config.sample_size)
-        device, dtype = self._execution_device, self.unet.dtype
-        batch = 2 if guided else 1
+    def example_inputs(
+        self, num_frames: int = 16, guided: bool = True
+    ) -> dict[str, dict[str, Tensor]]:
+        """Inputs of a chunk's calls of the networks, for :func:`lsync_compile.explain.explain`."""
         tokens = 10 * self.audio_encoder.states  # 2 * (2 + 1 + 2) positions of each state
-        shape = (batch, config.in_channels, num_frames, side, side)
-        return {
-            "sample": torch.randn(shape, device=device, dtype=dtype),
-            "timestep": torch.tensor(501, device=device),
-            "encoder_hidden_states": torch.randn(
-                batch * num_frames, tokens, config.cross_attention_dim, device=device, dtype=dtype
-            ),
-        }
+        return example_inputs(self.vae, self.unet, frames=num_frames, tokens=tokens, guided=guided)
+
+    def example_terms(self, guided: bool = True) -> Terms:
+        """What a run says of its calls of the UNet, for :func:`lsync_compile.explain.explain`."""
+        vouched = vouched_inputs(self.vae, self.unet, guided=guided)
+        return Terms(vouched, chunks=True, timesteps=True)
 
     def __call__(
         self,

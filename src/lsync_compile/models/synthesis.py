@@ -148,7 +148,7 @@ class ChunkSynthesizer:
         extra = self._scheduler_arguments()
         timesteps = self.scheduler.timesteps
         on_device, values = timesteps.to(latents.device), timesteps.tolist()
-        vouched = self._vouched(conditions)
+        vouched = vouched_inputs(self.vae, self.unet, guided=job.guided)
         for step, timestep in enumerate(timesteps):
             sample = self.scheduler.scale_model_input(latents, timestep)
             sample = torch.cat([sample, sample]) if job.guided else sample
@@ -168,17 +168,6 @@ class ChunkSynthesizer:
                 job.callback(step, timestep, latents)
         return latents
 
-    def _vouched(self, conditions: Conditions) -> frozenset[str]:
-        """What holds for the UNet's inputs in all steps of a chunk, see ``runtime.context``."""
-        vouched = set()
-        if self.vae.config.latent_channels == 4:
-            vouched.add("constant_channels")
-        if self.job.guided:
-            vouched.add("guidance")
-            if conditions.audio is not None:
-                vouched.add("null_audio")
-        return frozenset(vouched)
-
     def _scheduler_arguments(self) -> dict[str, object]:
         """The arguments of ``scheduler.step`` that not every scheduler takes."""
         offered: dict[str, object] = {"eta": self.job.eta, "generator": self.job.generator}
@@ -192,3 +181,46 @@ class ChunkSynthesizer:
         flat = (latents / self.vae.config.scaling_factor + shift)[0].transpose(0, 1)
         decoded: Tensor = self.vae.decode(flat).sample
         return decoded * (1 - mask).to(decoded.dtype) + (pixels * mask).to(decoded.dtype)
+
+
+def vouched_inputs(vae: Any, unet: Any, *, guided: bool) -> frozenset[str]:
+    """What holds for the UNet's inputs in all steps of a chunk, see ``runtime.context``."""
+    vouched = set()
+    if vae.config.latent_channels == 4:
+        vouched.add("constant_channels")
+    if guided:
+        vouched.add("guidance")
+        if unet.config.add_audio_layer:
+            vouched.add("null_audio")
+    return frozenset(vouched)
+
+
+def example_inputs(
+    vae: Any, unet: Any, *, frames: int, tokens: int, guided: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Zeros of the shapes and dtypes that one chunk of a run has, by module and argument.
+
+    Args:
+        vae, unet: where they are is where the inputs are.
+        frames: of the chunk.
+        tokens: of the sound, for a frame.
+        guided: with the doubled batch of guidance.
+    """
+    config, side = unet.config, int(unet.config.sample_size)
+    device, dtype = unet.device, unet.dtype
+    batch = 2 if guided else 1
+    pictures = frames if device.type == "cpu" else 2 * frames  # see `joint_encoding`
+    pixels = side * 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    return {
+        "unet": {
+            "sample": zeros(batch, config.in_channels, frames, side, side),
+            "timestep": torch.tensor(501, device=device),
+            "encoder_hidden_states": zeros(batch * frames, tokens, config.cross_attention_dim),
+        },
+        "vae.encoder": {"sample": zeros(pictures, 3, pixels, pixels)},
+        "vae.decoder": {"sample": zeros(frames, vae.config.latent_channels, side, side)},
+    }
