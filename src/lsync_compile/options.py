@@ -95,6 +95,10 @@ class Options:
         default=True,
         metadata=_about("Pass: residual sums with the layer norm after them in one kernel."),
     )
+    channels_last: bool = field(
+        default=True,
+        metadata=_about("Pass: images and videos with their channels together in memory."),
+    )
     fuse_temporal_attention: bool = field(
         default=True,
         metadata=_about("Pass: attend across frames without rearranging to positions and back."),

@@ -82,7 +82,7 @@ def test_memory_is_shared_as_in_the_graph() -> None:
         twice = call(gm.graph, operator.mul, sin, 2)
     replace(sin, twice)
     assert view.args[0] is twice
-    assert example(view).untyped_storage()._cdata == example(twice).untyped_storage()._cdata
+    assert _storage(view) == _storage(twice)
 
 
 def test_only_what_nothing_uses_is_dropped() -> None:
@@ -133,3 +133,21 @@ def test_the_real_unet_after_another_layout() -> None:
         Watch(gm).run(*inputs)
     expected = strides(gm)
     assert {name: expected[name] for name in seen} == seen
+    for node in gm.graph.nodes:
+        if node.target in ("view", "transpose", "permute"):
+            assert _storage(node) == _storage(node.args[0]), node
+
+
+def _storage(node) -> int:
+    return example(node).untyped_storage()._cdata
+
+
+def test_parts_of_a_tuple_share_memory() -> None:
+    gm, _ = capture(lambda x: x.sin().cos().chunk(2)[1].view(3), torch.randn(2, 3))
+    cos, chunk = node_of(gm, "cos"), node_of(gm, "chunk")
+    with gm.graph.inserting_after(cos):
+        replace(cos, call(gm.graph, operator.neg, cos))
+    part = next(iter(chunk.users))
+    memory = _storage(chunk.args[0])
+    assert chunk.args[0].target is operator.neg
+    assert _storage(part) == memory == _storage(node_of(gm, "view"))

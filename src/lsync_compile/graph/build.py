@@ -12,7 +12,6 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
@@ -105,10 +104,10 @@ def refresh(changed: Node) -> None:
     while waiting:
         node = min(waiting)  # nodes compare by their place in the graph
         waiting.remove(node)
-        old = node.meta.get("example_value")
         new = _reevaluate(node)
-        node.meta["example_value"] = new
-        if _layout(new) != _layout(old) or _shares_memory(node):
+        # Views among the example values share memory: one that stays right stays the same object.
+        if _layout(new) != _layout(node.meta.get("example_value")) or _shares_memory(node, new):
+            node.meta["example_value"] = new
             waiting.update(user for user in node.users if user.op != "output")
 
 
@@ -156,12 +155,18 @@ def _layout(value: Any) -> Any:
     return value
 
 
-def _shares_memory(node: Node) -> bool:
-    """Whether a part of the node's example value lies in the memory of one of its inputs."""
-    inputs = {_memory(value) for value in map(example, node.all_input_nodes) if value is not None}
-    value = node.meta["example_value"]
+def _shares_memory(node: Node, value: Any) -> bool:
+    """Whether a part of the node's value lies in the memory of one of its inputs."""
+    inputs = {_memory(source) for each in node.all_input_nodes for source in _tensors(each)}
     parts = value if isinstance(value, (list, tuple)) else [value]
-    return any(_memory(part) in inputs for part in parts if isinstance(part, torch.Tensor))
+    return any(_memory(part) in inputs for part in parts if isinstance(part, Tensor))
+
+
+def _tensors(node: Node) -> list[Tensor]:
+    """The node's example value, or the parts of a tuple."""
+    value = node.meta.get("example_value")
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def _memory(value: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lsync_compile.passes import (
+    channels_last,
     choose_sdpa,
     fuse_add_layer_norm,
     fuse_geglu,
@@ -14,6 +15,7 @@ from lsync_compile.passes import (
 )
 
 __all__ = [
+    "channels_last",
     "choose_sdpa",
     "fuse_add_layer_norm",
     "fuse_geglu",

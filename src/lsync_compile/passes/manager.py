@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from lsync_compile.graph.results import restore_strides, result_strides
 from lsync_compile.options import Options
 from lsync_compile.passes.spec import Pass, PassContext, registered, source_uuid
 from lsync_compile.report import PassRecord
@@ -81,7 +82,7 @@ class PassManager:
     def run(
         self, gm: GraphModule, target: str, name: str, vouched: frozenset[str] = frozenset()
     ) -> list[PassRecord]:
-        """Rewrite ``gm`` in place.
+        """Rewrite ``gm`` in place; its results keep their strides.
 
         Args:
             gm: a graph as dynamo captured it.
@@ -93,9 +94,13 @@ class PassManager:
             PassError: where a pass left a broken graph.
         """
         context = PassContext(self.options, target, vouched)
-        return [
+        strides = result_strides(gm.graph)
+        records = [
             self._run_one(index, each, gm, context, name) for index, each in enumerate(self.passes)
         ]
+        if restore_strides(gm.graph, strides):
+            gm.recompile()
+        return records
 
     def _run_one(
         self, index: int, each: Pass, gm: GraphModule, context: PassContext, name: str
