@@ -17,7 +17,8 @@ from lsync_compile.models import pipeline as module
 from lsync_compile.runtime import staged
 
 Maker = Callable[..., Path]
-EXACT = {"lowering": "eager", "strict": True}
+# Half batches round otherwise; all else is the bits of the plain pipeline.
+EXACT = {"lowering": "eager", "strict": True, "guidance_prefix": False, "null_audio": False}
 written: list[np.ndarray] = []
 
 

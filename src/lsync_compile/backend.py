@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -37,6 +38,7 @@ from lsync_compile.passes.manager import PassManager
 from lsync_compile.progress import Compiling, announced, typical_seconds
 from lsync_compile.report import GraphRecord, Kind, Session, format_pass
 from lsync_compile.runtime.context import Terms
+from lsync_compile.runtime.staged import StagedCall
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class GraphCompiler:
         self.terms = terms or Terms()
         self._variant = variant
         self._seen: dict[int, set[str]] = {}
+        self._staged: WeakSet[StagedCall] = WeakSet()
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> GraphFunction:
         """What runs in the graph's place. Called by dynamo, under its lock.
@@ -107,6 +110,12 @@ class GraphCompiler:
     def reset(self) -> None:
         """Called by ``torch._dynamo.reset()``: what was compiled is gone."""
         self._seen.clear()
+        self.release()
+
+    def release(self) -> None:
+        """Drop what its graphs keep between calls. Dynamo may hold the graphs longer than we."""
+        for call in self._staged:
+            call.forget()
 
     def _compile(
         self, gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord
@@ -118,7 +127,9 @@ class GraphCompiler:
         inputs = main_inputs(staging, example_inputs)
         main = self._lower(staging.main.gm, inputs, record, main_results(staging, example_inputs))
         count = self.session.count_stage
-        return staged_call(staging, main, record.stages, count)
+        call = staged_call(staging, main, record.stages, count)
+        self._staged.add(call)
+        return call
 
     def _stage(self, gm: GraphModule, record: GraphRecord) -> Staging | None:
         """Cut off what need not run in each call; None where nothing is to be gained."""

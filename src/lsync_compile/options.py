@@ -103,6 +103,27 @@ class Options:
         default=True,
         metadata=_about("Pass: attend across frames without rearranging to positions and back."),
     )
+    guidance_prefix: bool = field(
+        default=True,
+        metadata=_about(
+            "Pass: compute what both halves of a guided batch have in common at half the batch, "
+            "where the runtime vouches for it."
+        ),
+    )
+    null_audio: bool = field(
+        default=True,
+        metadata=_about(
+            "Pass: skip attention to the sound in the half of a guided batch that has none, "
+            "where the runtime vouches for it."
+        ),
+    )
+    split_conv_in: bool = field(
+        default=False,
+        metadata=_about(
+            "Pass: convolve the channels of the sample that stay the same once a chunk, where the "
+            "runtime vouches for it."
+        ),
+    )
     hoist_weights: bool = field(
         default=True,
         metadata=_about(
@@ -126,8 +147,8 @@ class Options:
     choose_sdpa: bool = field(
         default=True,
         metadata=_about(
-            "Pass: run attention within frames and to the sound with the fastest of the "
-            "libraries' kernels, found by timing them."
+            "Pass: run attention within frames and to the sound with the fastest kernel, found "
+            "by timing them."
         ),
     )
     inductor: Mapping[str, Any] = field(

@@ -77,12 +77,18 @@ class CompiledCall:
         self._fullgraph = fullgraph
         self._plain = False
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
+        self._compilers: list[GraphCompiler] = []
 
     def attach(self) -> None:
         self.module._compiled_call_impl = self
 
     def detach(self) -> None:
-        """Give the module its plain call back, unless someone else's stands there by now."""
+        """Give the module its plain call back, unless someone else's stands there by now.
+
+        What its graphs kept between calls is dropped.
+        """
+        for compiler in self._compilers:
+            compiler.release()
         if self.module._compiled_call_impl is self:
             self.module._compiled_call_impl = None
 
@@ -130,6 +136,7 @@ class CompiledCall:
             compiler = GraphCompiler(
                 self.session, self.role, variant=len(self._compiled), terms=terms
             )
+            self._compilers.append(compiler)
             self._compiled[key] = torch.compile(
                 own_call(self.module),
                 backend=compiler,

@@ -10,8 +10,11 @@ from lsync_compile.passes import (
     fuse_group_norm_silu,
     fuse_qkv,
     fuse_temporal_attention,
+    guidance_prefix,
+    null_audio,
     remove_noops,
     share_repeated,
+    split_conv_in,
 )
 
 __all__ = [
@@ -22,6 +25,9 @@ __all__ = [
     "fuse_group_norm_silu",
     "fuse_qkv",
     "fuse_temporal_attention",
+    "guidance_prefix",
+    "null_audio",
     "remove_noops",
     "share_repeated",
+    "split_conv_in",
 ]

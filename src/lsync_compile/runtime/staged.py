@@ -146,6 +146,10 @@ class StagedCall:
                 kept.chunks.pop(context.run, None)
         return result
 
+    def forget(self) -> None:
+        """Drop all that is kept; the next call computes it anew."""
+        self._kept = None
+
     def _settled(self, args: tuple[Any, ...], context: StepContext | None) -> _Kept:
         """What is kept for these weights, made anew where they changed."""
         kept, watched = self._kept, self._watched_weights(args)
