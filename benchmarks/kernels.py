@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lsync_compile.kernels import registered
 from lsync_compile.kernels.accuracy import error, exact, largest_error
 from lsync_compile.kernels.launch import runs_kernel
+from lsync_compile.kernels.spatial_attention_kernels import flash_attention, takes
 
 CACHE = 50 * 2**20  # bytes of an H100's L2
 SMALL_LEVELS = ((8, 64), (4, 64))
@@ -74,7 +75,7 @@ def library(kernel: str, arguments: tuple[Any, ...]) -> list[Variant]:
         contiguous = lambda x, *rest: (x.contiguous(), *rest)  # noqa: E731
         return [Variant("torch, contiguous", eager_group_norm, contiguous)]
     if kernel == "spatial_attention":
-        return by_head(arguments[0], arguments[3])
+        return by_head(arguments)
     if kernel != "temporal_attention":
         return []
     total, tokens, channels = arguments[0].shape
@@ -102,8 +103,9 @@ def library(kernel: str, arguments: tuple[Any, ...]) -> list[Variant]:
     ]
 
 
-def by_head(like: Tensor, heads: int) -> list[Variant]:
-    """Each library's attention on views of rows, and, to compare, on tensors of one head each."""
+def by_head(arguments: tuple[Any, ...]) -> list[Variant]:
+    """Our own kernel; each library's, on views of rows and on tensors with the heads apart."""
+    like, heads = arguments[0], arguments[3]
 
     def split(*arguments: Any) -> tuple[Tensor, ...]:
         return tuple(x.unflatten(2, (heads, -1)).transpose(1, 2) for x in arguments[:3])
@@ -114,7 +116,8 @@ def by_head(like: Tensor, heads: int) -> list[Variant]:
     def merge(out: Tensor) -> Tensor:
         return out.transpose(1, 2).flatten(2)
 
-    return [
+    own = [Variant("own kernel", flash_attention, split, merge)]
+    return (own if runs_kernel(like) and takes(*split(*arguments), None) else []) + [
         Variant(f"sdpa {backend.name.lower()}{label}", attention(backend), prepare, merge)
         for backend in backends(like)
         for label, prepare in (("", split), (", heads apart", copied))

@@ -60,16 +60,17 @@ def mixed(x, weight, bias):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a CPU chooses no configuration elsewhere")
-# spatial_attention has no kernel in Triton's language.
-@pytest.mark.parametrize("name", sorted(registered().keys() - {"spatial_attention"}))
+@pytest.mark.parametrize("name", registered())
 def test_every_configuration_is_exact(normal, monkeypatch, name):
     arguments = {
         "temporal_attention": lambda: (*normal(3, 6, 3, 80), 3, 2, None),
+        "spatial_attention": lambda: (*normal(3, 2, 70, 80, dtype=torch.float16), 2, None),
         "geglu": lambda: (normal(9, 2 * 300),),
         "add_layer_norm": lambda: (*normal(2, 6, 3, 300), *normal(2, 300), 1e-5, normal(3, 300)),
         "group_norm_silu": lambda: (normal(1, 12, 33, 67), 2, *normal(2, 12), 1e-5, True, None),
     }[name]()
     spec = registered()[name]
+    bound = spec.tolerances[arguments[0].dtype].relative
     with record_launches() as launches:
         spec.kernel(*arguments)
     every = Kernel.candidates
@@ -80,7 +81,7 @@ def test_every_configuration_is_exact(normal, monkeypatch, name):
                 return [config] if kernel is this else every(kernel, given)
 
             monkeypatch.setattr(Kernel, "candidates", chosen)
-            assert error(spec, *arguments) <= spec.tolerances[torch.float32].relative, config
+            assert error(spec, *arguments) <= bound, config
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the compilers treat an op alike whatever it runs")

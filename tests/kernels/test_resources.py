@@ -42,6 +42,7 @@ def test_every_kernel_compiles_for_sm90_without_spills(script):
             assert row["loads16"] > 0.5 * row["loads"], row
     assert compiled == {
         "temporal_attention",
+        "spatial_attention",
         "geglu",
         "add_layer_norm",
         "group_norm_small",

@@ -8,24 +8,69 @@ from lsync_compile.errors import OptionError
 from lsync_compile.kernels import registered, spatial_attention
 from lsync_compile.kernels.accuracy import error
 from lsync_compile.kernels.launch import INTERPRETED
+from lsync_compile.kernels.spatial_attention_kernels import takes, tiles
 
 SPEC = registered()["spatial_attention"]
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="no kernel in Triton's language")
 
 
 def judge(dtype, *args):
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 tiles as if they were integers")
     assert error(SPEC, *args) <= SPEC.tolerances[dtype].relative
 
 
 @pytest.mark.parametrize(
     ("batch", "tokens", "keys", "heads", "dim"),
-    [(2, 33, 33, 2, 40), (3, 16, 50, 8, 16), (1, 7, 1, 1, 160), (2, 1, 5, 3, 7)],
+    [
+        (2, 133, 133, 2, 40),  # LatentSync's first head size, no multiple of a tile
+        (1, 40, 192, 1, 40),  # whole tiles of keys
+        (3, 16, 50, 8, 16),  # few keys
+        (1, 20, 50, 2, 80),  # no padding in the second tile
+        (1, 7, 1, 1, 160),
+        (1, 9, 70, 2, 48),
+        (2, 1, 5, 3, 7),  # sizes that nothing divides
+    ],
 )
 def test_is_exact(normal, dtype, batch, tokens, keys, heads, dim):
     q = normal(batch, tokens, heads * dim, dtype=dtype)
     k, v = normal(2, batch, keys, heads * dim, dtype=dtype)
     judge(dtype, q, k, v, heads, None)
     judge(dtype, q, k, v, heads, 0.3)
+
+
+def test_large_scores_do_not_overflow(normal):
+    q, k, v = normal(3, 1, 100, 80, dtype=torch.float16)
+    judge(torch.float16, 30 * q, 30 * k, v, 2, None)
+
+
+def test_a_negative_scale(normal, dtype):
+    q, k, v = normal(3, 1, 70, 80, dtype=dtype)
+    judge(dtype, q, k, v, 2, -0.2)
+
+
+@pytest.mark.parametrize(
+    ("dim", "expected"),
+    [(16, (16, 16)), (40, (32, 16)), (64, (32, 32)), (80, (64, 16)), (160, (128, 32))],
+)
+def test_heads_are_two_tiles(dim, expected):
+    assert tiles(dim) == expected
+    assert all(each <= sum(tiles(each)) < 2 * each for each in range(24, 161, 8))
+
+
+def test_it_is_asked_for_what_it_takes(normal):
+    def views(tokens, keys, dim, dtype=torch.float16):
+        shapes = ((2, tokens, 2 * dim), (2, keys, 2 * dim), (2, keys, 2 * dim))
+        drawn = (normal(*shape, dtype=dtype) for shape in shapes)
+        return [x.unflatten(2, (2, dim)).transpose(1, 2) for x in drawn]
+
+    assert takes(*views(99, 99, 40), None)
+    assert takes(*views(99, 50, 160), 0.1)
+    assert not takes(*views(99, 99, 80), None)  # many keys and wide heads
+    assert not takes(*views(99, 50, 168), None)
+    assert not takes(*views(99, 50, 36), None)
+    assert not takes(*views(99, 50, 40), -0.1)
+    assert not takes(*views(99, 50, 40, torch.float32), None)
+    assert not takes(*(x.contiguous() for x in views(99, 50, 40)), None)  # heads apart
 
 
 def test_reads_slices_of_a_fused_projection(normal, dtype):

@@ -32,6 +32,7 @@ __all__ = [
     "function",
     "kernel",
     "record_launches",
+    "recording",
     "runs_kernel",
     "tl",
 ]
@@ -155,6 +156,11 @@ def function(body: Callable[..., Any]) -> Any:
 def runs_kernel(x: Tensor) -> bool:
     """Whether an op on ``x`` launches its kernel; it runs its reference otherwise."""
     return triton is not None and (INTERPRETED or x.is_cuda)
+
+
+def recording() -> bool:
+    """Whether launches are recorded instead of run, see `record_launches`."""
+    return _recorded is not None
 
 
 _recorded: list[Launch] | None = None

@@ -1,10 +1,11 @@
-"""Attention within a frame or to the sound, by the fastest library kernel for its shape.
+"""Attention within a frame or to the sound, by the fastest kernel for its shape.
 
 ``out[n, i, h] = sum_j softmax_j(scale * <q[n, i, h], k[n, j, h]>) v[n, j, h]`` with i over queries,
 j over keys and h over heads (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762), exactly.
 torch has several kernels for it, cuDNN's, FlashAttention's and a memory-efficient one, and takes
 the first of a fixed order that can run. Which one is fastest depends on the shape: here they are
-timed, once for each shape, and tensors stay ``(batch, tokens, heads*head_dim)``.
+timed, beside one of our own for narrow heads and few keys, once for each shape, and tensors stay
+``(batch, tokens, heads*head_dim)``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import Tensor
 from torch.backends import cuda as backends
 
 from lsync_compile.errors import OptionError
+from lsync_compile.kernels.launch import recording, runs_kernel
+from lsync_compile.kernels.spatial_attention_kernels import flash_attention, takes
 from lsync_compile.kernels.spec import KernelSpec, Tolerance, register
 
 log = logging.getLogger(__name__)
@@ -54,12 +57,13 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return out
 
 
-LIBRARIES: dict[str, tuple[Attend, Callable[[Any], bool]]] = {
-    "cudnn": (_cudnn, backends.can_use_cudnn_attention),
-    "flash": (_flash, backends.can_use_flash_attention),
-    "efficient": (_efficient, backends.can_use_efficient_attention),
+KERNELS: dict[str, Attend] = {
+    "cudnn": _cudnn,
+    "flash": _flash,
+    "efficient": _efficient,
+    "lsync": flash_attention,
 }
-"""The libraries' kernels on ``(N, heads, L, head_dim)``, and who says whether each can run."""
+"""What to choose from, on ``(N, heads, L, head_dim)``."""
 
 _chosen: dict[Any, str] = {}
 _lock = threading.Lock()
@@ -68,44 +72,51 @@ _lock = threading.Lock()
 def spatial_attention_kernel(
     q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None
 ) -> Tensor:
-    """Attend with the library found fastest for arguments like these.
+    """Attend with the kernel found fastest for arguments like these.
 
     The first call with new shapes, strides or dtypes times the candidates, for some 30 calls each.
     While a CUDA graph is captured nothing can be timed: then torch's own order decides.
     """
     q, k, v = (_split(x, heads) for x in (q, k, v))
     name = choice(q, k, v, scale)
-    attend = LIBRARIES[name][0] if name else _torch
+    attend = KERNELS[name] if name else _torch
     return _merge(attend(q, k, v, scale))
 
 
 def choice(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str:
-    """The fastest library for ``(N, heads, L, head_dim)`` tensors; "" where torch decides."""
+    """The fastest of `KERNELS` for these tensors; "" where torch decides."""
     if not q.is_cuda:
-        return ""
+        own = runs_kernel(q) or recording()
+        return "lsync" if own and takes(q, k, v, scale) else ""
     key = (q.device, q.dtype, *((x.shape, x.stride()) for x in (q, k, v)))
     if key in _chosen or torch.cuda.is_current_stream_capturing():
         return _chosen.get(key, "")
     with _lock:
         if key not in _chosen:
-            times = {name: _time(name, q, k, v, scale) for name in usable(q, k, v)}
+            times = {name: _time(name, q, k, v, scale) for name in usable(q, k, v, scale)}
             log.debug("attention %s: %s", tuple(q.shape), times)
             best = min(times, key=lambda name: times[name], default="")
             _chosen[key] = best if times.get(best, math.inf) < math.inf else ""
     return _chosen[key]
 
 
-def usable(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
-    """The libraries that say they take these tensors."""
+def usable(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> list[str]:
+    """Those of `KERNELS` that say they take these tensors on a GPU."""
     if q.shape[3] % 8:  # torch pads channels for some of them, which costs more than it gains
         return []
     parameters = backends.SDPAParams(q, k, v, None, 0.0, False, False)
-    return [name for name, (_, takes) in LIBRARIES.items() if takes(parameters)]
+    can = {
+        "cudnn": backends.can_use_cudnn_attention(parameters),
+        "flash": backends.can_use_flash_attention(parameters),
+        "efficient": backends.can_use_efficient_attention(parameters),
+        "lsync": runs_kernel(q) and takes(q, k, v, scale),
+    }
+    return [name for name, usable in can.items() if usable]
 
 
 def _time(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
-    """Milliseconds of one call; infinite where the library cannot run after all."""
-    attend = LIBRARIES[name][0]
+    """Milliseconds of one call; infinite where the kernel cannot run after all."""
+    attend = KERNELS[name]
     try:
         with torch.cuda.device(q.device):
             for _ in range(3):
@@ -130,6 +141,10 @@ def spatial_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = None
 ) -> Tensor:
     """The same with whatever torch chooses."""
+    if q.dtype == torch.float64 and q.shape[0] > 1:
+        # No GPU kernel takes it, and the scores of all rows together would not fit.
+        rows = zip(q.split(1), k.split(1), v.split(1), strict=True)
+        return torch.cat([spatial_attention_reference(*row, heads, scale) for row in rows])
     return _merge(_torch(_split(q, heads), _split(k, heads), _split(v, heads), scale))
 
 
@@ -157,7 +172,7 @@ def spatial_attention(
         OptionError: shapes or dtypes that differ, or that the heads do not divide.
     """
     _check(q, k, v, heads)
-    if q.is_cuda:
+    if q.is_cuda or runs_kernel(q):
         return spatial_attention_kernel(q, k, v, heads, scale)
     return spatial_attention_reference(q, k, v, heads, scale)
 
@@ -200,7 +215,7 @@ def _merge(x: Tensor) -> Tensor:
 SPEC = register(
     KernelSpec(
         name="spatial_attention",
-        summary="Attention in the `b s (h d)` layout by the fastest of the libraries' kernels",
+        summary="Attention in the `b s (h d)` layout by the fastest kernel, ours or a library's",
         op=spatial_attention,
         kernel=spatial_attention_kernel,
         reference=spatial_attention_reference,

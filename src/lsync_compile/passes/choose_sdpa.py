@@ -1,4 +1,4 @@
-"""Let the fastest of the libraries' kernels attend, for each shape of its own.
+"""Let the fastest kernel attend, for each shape its own.
 
 torch takes the first attention kernel of a fixed order that can run, when the graph is compiled.
 The op asks which one is fastest, and reads and writes rows of tokens::
@@ -47,8 +47,8 @@ class ChooseSdpa(KernelPass):
         option="choose_sdpa",
         after=("fuse_temporal_attention",),
         exact=False,
-        summary="Attends within frames and to the sound with the fastest of the libraries' "
-        "kernels for each shape. Rounds otherwise.",
+        summary="Attends within frames and to the sound with the fastest kernel for each shape, "
+        "a library's or ours. Rounds otherwise.",
         source="Vaswani et al. (2017), https://arxiv.org/abs/1706.03762",
     )
 
