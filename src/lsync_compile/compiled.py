@@ -85,6 +85,7 @@ class PipelineHandle(Handle):
                 call.detach()
             self._calls.clear()
             self._active = False
+        self._session.memory.release()
         vars(self._original).pop(_LINK, None)
         return self._original
 

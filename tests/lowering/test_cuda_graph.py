@@ -321,6 +321,17 @@ def test_memory_goes_when_the_call_goes(pool: BatchAwareMemoryPool, cuda: FakeCu
     assert pool.handle() != handle  # torch would refuse the old one
 
 
+def test_a_pool_can_call_all_memory_back(pool: BatchAwareMemoryPool, cuda: FakeCuda) -> None:
+    call = Captured(lambda x: (x + 1,), pool, 1)
+    call(numbers(1024))
+    pool.release()
+    cuda.graphs.clear()
+    assert pool.static_bytes == 0
+    assert call.call._recording is None
+    assert torch.equal(call(numbers(8))[0], numbers(8) + 1)  # it begins anew
+    assert call.record.captures == 2
+
+
 # What cannot be recorded
 
 

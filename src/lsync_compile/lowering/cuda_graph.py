@@ -166,6 +166,7 @@ class CapturedCall:
         self._static: dict[int, Tensor] = {}
         self._sources: dict[int, weakref.ref[Tensor]] = {}
         self._recording: _Recording | None = None
+        pool.join(self)
 
     def __call__(self, *args: Any) -> Any:
         """The graph's outputs, in memory of the caller's own; arguments are the placeholders'."""
@@ -187,7 +188,7 @@ class CapturedCall:
         if lease is None:
             return None
         with self._pool.turn(lease) as untouched:
-            if self._plain:  # another thread has found out meanwhile
+            if self._plain or self._lease is not lease:  # refused or released meanwhile
                 return None
             try:
                 self._fill(args, untouched)
@@ -264,12 +265,20 @@ class CapturedCall:
         done.seconds += time.perf_counter() - started
         return _Recording(graph, outputs, addresses)
 
-    def _give_up(self, reason: str) -> None:
-        """Run plain from now on; memory goes back to its pool."""
-        self._plain = True
+    def release(self) -> None:
+        """Give all memory back; another call would begin as the first one did."""
+        with self._first, self._pool.alone():
+            self._drop()
+
+    def _drop(self) -> None:
         self._lease, self._recording = None, None
         self._static.clear()
         self._sources.clear()
+
+    def _give_up(self, reason: str) -> None:
+        """Run plain from now on; memory goes back to its pool."""
+        self._plain = True
+        self._drop()
         self._record.state, self._record.reason = "refused", reason
         self._record.static_bytes = 0
         self._on_refusal(reason)

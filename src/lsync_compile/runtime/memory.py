@@ -168,6 +168,7 @@ class BatchAwareMemoryPool:
         self._stream: Any = None
         self._last_stream: Any = None
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._users: weakref.WeakSet[Any] = weakref.WeakSet()
         self._handle: Any = None
 
     @property
@@ -206,6 +207,21 @@ class BatchAwareMemoryPool:
                     offset += aligned(sizes[index])
             ordered = [places[index] for index in range(len(sizes))]
             return Lease(ordered, sum(aligned(size) for size in sizes))
+
+    def join(self, user: Any) -> None:
+        """Note whose ``release()`` gives memory of the pool back."""
+        self._users.add(user)
+
+    def release(self) -> None:
+        """Have all users give their memory back."""
+        for user in list(self._users):
+            user.release()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other threads out for the block."""
+        with self._lock:
+            yield
 
     @contextmanager
     def turn(self, lease: Lease) -> Iterator[bool]:
@@ -290,6 +306,13 @@ class MemoryPools:
             if key not in self._pools:
                 self._pools[key] = BatchAwareMemoryPool(device, cuda)
             return self._pools[key]
+
+    def release(self) -> None:
+        """Give back what captured graphs hold, even where something still holds the graphs."""
+        with self._lock:
+            pools = list(self._pools.values())
+        for pool in pools:
+            pool.release()
 
 
 def readable(size: int) -> str:
