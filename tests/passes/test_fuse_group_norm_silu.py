@@ -29,6 +29,11 @@ def kinds(gm) -> dict[tuple[bool, bool], int]:
     return found
 
 
+def biases(gm) -> int:
+    """How many convolutions have one."""
+    return sum(node.target is F.conv2d and node.args[2] is not None for node in gm.graph.nodes)
+
+
 @pytest.mark.parametrize(
     ("network", "count", "expected"),
     [
@@ -40,9 +45,10 @@ def kinds(gm) -> dict[tuple[bool, bool], int]:
             61,
             {(True, False): 23, (True, True): 22, (False, False): 16},
         ),
-        # 10 and 14 residual blocks without a time embedding, the last norm; the attention's
-        (networks.vae_encoder, 22, {(True, False): 21, (False, False): 1}),
-        (networks.vae_decoder, 30, {(True, False): 29, (False, False): 1}),
+        # 10 and 14 residual blocks without a time embedding but for the convolution's bias; the
+        # last norm; the attention's
+        (networks.vae_encoder, 22, {(True, False): 11, (True, True): 10, (False, False): 1}),
+        (networks.vae_decoder, 30, {(True, False): 15, (True, True): 14, (False, False): 1}),
     ],
 )
 def test_real_networks(network: Callable, count: int, expected: dict) -> None:
@@ -54,7 +60,8 @@ def test_real_networks(network: Callable, count: int, expected: dict) -> None:
     gone = networks.ops(gm) - networks.ops(after)
     assert gone["group_norm"] == count
     assert gone["silu"] == silu
-    assert gone["add"] == gone["getitem"] == shift
+    assert gone["getitem"] == (0 if "vae" in network.__name__ else shift)
+    assert biases(gm) - biases(after) == shift
     (one,), (other,) = networks.results(after, inputs), networks.results(gm, inputs)
     assert networks.distance(one, other) < 1e-5
     assert one.stride() == other.stride()
@@ -137,6 +144,58 @@ def test_the_layout_is_kept_and_views_become_reshapes() -> None:
     after, _ = fused(gm)
     assert networks.ops(after)["reshape"] == 1
     torch.testing.assert_close(after(*inputs)[0], gm(*inputs)[0])
+
+
+V = torch.randn(8, 8, 3, 3)
+
+
+def image(x: Tensor, t: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return F.silu(norm(F.conv2d(x, v, w, padding=1) + t[:, :, None, None], w))
+
+
+def without_shift(x: Tensor, t: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return norm(F.conv2d(x, v, bias=w, padding=1), w)
+
+
+def video(x: Tensor, t: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    h = F.conv2d(x, v, w, padding=1).view(1, 2, 8, 3, 5).transpose(1, 2)
+    return F.silu(norm(h + t[:1][:, :, None, None, None], w))
+
+
+def seen_twice(x: Tensor, t: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    h = F.conv2d(x, v, w, padding=1)
+    return norm(h, w) + h
+
+
+def other_channels(x: Tensor, t: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    h = F.conv2d(x, v, w, padding=1)
+    return norm(h.view(2, 2, 4, 15).transpose(1, 2).reshape(1, 8, 2, 15), w)
+
+
+def no_bias(x: Tensor, t: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return norm(F.conv2d(x, v, padding=1), w)
+
+
+@pytest.mark.parametrize(
+    ("function", "taken"),
+    [
+        (image, True),
+        (without_shift, True),
+        (video, True),
+        (seen_twice, False),
+        (other_channels, False),
+        (no_bias, False),
+    ],
+)
+def test_the_bias_of_a_convolution(function: Callable, taken: bool) -> None:
+    gm, inputs = capture(function, X, T, W, V)
+    after, record = fused(gm)
+    assert record.matches == 1
+    assert [key[1] for key in kinds(after)] == [taken]
+    (conv,) = (node for node in after.graph.nodes if node.target is F.conv2d)
+    bias = conv.args[2] if len(conv.args) > 2 else conv.kwargs.get("bias")
+    assert (bias is None) == (taken or function is no_bias)
+    torch.testing.assert_close(after(*inputs)[0], gm(*inputs)[0], rtol=1e-5, atol=1e-5)
 
 
 def no_weights(x: Tensor, t: Tensor, w: Tensor) -> Tensor:
