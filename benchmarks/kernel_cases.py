@@ -32,8 +32,8 @@ class Case:
 def cases(
     levels: tuple[tuple[int, int], ...] = LEVELS, batch: int = BATCH, frames: int = FRAMES
 ) -> list[Case]:
-    """All kernels at all levels, the largest level first."""
-    return [
+    """All kernels at all levels, the largest level first; then the middle of the VAE."""
+    found = [
         Case(
             kernel, f"{what}{side}x{side}, {width} channels", side, make(side, width, batch, frames)
         )
@@ -48,6 +48,10 @@ def cases(
             ("add_layer_norm", "", _add_layer_norm),
         )
     ]
+    if levels == LEVELS:
+        vae = Case("spatial_attention", "VAE 64x64, 512 channels", 64, _attention_in_vae(frames))
+        found.append(vae)
+    return found
 
 
 def _temporal_attention(
@@ -66,6 +70,16 @@ def _attention_within_frames(
     def arguments(draw: Draw) -> tuple[Any, ...]:
         q, k, v = draw(batch * frames, side * side, 3 * width).chunk(3, dim=2)
         return q, k, v, HEADS, None
+
+    return arguments
+
+
+def _attention_in_vae(frames: int) -> Callable[[Draw], tuple[Any, ...]]:
+    """One head over all positions of a picture."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        q, k, v = draw(frames, 64 * 64, 3 * 512).chunk(3, dim=2)
+        return q, k, v, 1, None
 
     return arguments
 

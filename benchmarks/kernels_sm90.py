@@ -40,7 +40,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
                 continue
             with record_launches() as recorded:
                 registered()[case.kernel].kernel(*case.arguments(draw))
-            for launch in recorded:
+            for launch in {each.kernel.name: each for each in recorded}.values():
                 yield f"{str(dtype).removeprefix('torch.')} {case.label}", launch
 
 

@@ -100,6 +100,19 @@ def test_spatial_attention_takes_the_fastest_and_remembers(draw):
         torch.testing.assert_close(out, expected, rtol=1e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_spatial_attention_of_the_vae(draw, dtype):
+    """One head of 512 channels over 64x64 tokens: the product kernel beside torch's."""
+    q, k, v = draw(4, 4096, 3 * 512, dtype=dtype).chunk(3, dim=2)
+    judge("spatial_attention", q, k, v, 1, None)
+    heads = [x.unflatten(2, (1, -1)).transpose(1, 2) for x in (q, k, v)]
+    assert "products" in attention.usable(*heads)
+    exact = attention.spatial_attention_reference(q.double(), k.double(), v.double(), 1)
+    out = attention.KERNELS["products"](*heads, None).transpose(1, 2).flatten(2)
+    bound = registered()["spatial_attention"].tolerances[dtype].relative
+    assert (out.double() - exact).norm() <= bound * exact.norm()
+
+
 def test_spatial_attention_is_captured_without_timing(draw):
     q, k, v = draw(3, 2, 128, 320)
     expected = torch.ops.lsync.spatial_attention(q, k, v, 8)

@@ -43,6 +43,7 @@ def test_every_kernel_compiles_for_sm90_without_spills(script):
     assert compiled == {
         "temporal_attention",
         "spatial_attention",
+        "softmax_weights",
         "geglu",
         "add_layer_norm",
         "group_norm_small",

@@ -4,8 +4,8 @@
 j over keys and h over heads (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762), exactly.
 torch has several kernels for it, cuDNN's, FlashAttention's and a memory-efficient one, and takes
 the first of a fixed order that can run. Which one is fastest depends on the shape: here they are
-timed, beside one of our own for narrow heads and few keys, once for each shape, and tensors stay
-``(batch, tokens, heads*head_dim)``.
+timed, beside one of our own for narrow heads and few keys and one for wide heads, once for each
+shape, and tensors stay ``(batch, tokens, heads*head_dim)``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.backends import cuda as backends
 
 from lsync_compile.errors import OptionError
+from lsync_compile.kernels import wide_attention
 from lsync_compile.kernels.launch import recording, runs_kernel
 from lsync_compile.kernels.spatial_attention_kernels import flash_attention, takes
 from lsync_compile.kernels.spec import KernelSpec, Tolerance, register
@@ -62,6 +63,7 @@ KERNELS: dict[str, Attend] = {
     "flash": _flash,
     "efficient": _efficient,
     "lsync": flash_attention,
+    "products": wide_attention.attend,
 }
 """What to choose from, on ``(N, heads, L, head_dim)``."""
 
@@ -86,8 +88,11 @@ def spatial_attention_kernel(
 def choice(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str:
     """The fastest of `KERNELS` for these tensors; "" where torch decides."""
     if not q.is_cuda:
-        own = runs_kernel(q) or recording()
-        return "lsync" if own and takes(q, k, v, scale) else ""
+        if not (runs_kernel(q) or recording()):
+            return ""
+        if wide_attention.takes(q, k):
+            return "products"
+        return "lsync" if takes(q, k, v, scale) else ""
     key = (q.device, q.dtype, *((x.shape, x.stride()) for x in (q, k, v)))
     if key in _chosen or torch.cuda.is_current_stream_capturing():
         return _chosen.get(key, "")
@@ -110,6 +115,7 @@ def usable(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> list[
         "flash": backends.can_use_flash_attention(parameters),
         "efficient": backends.can_use_efficient_attention(parameters),
         "lsync": runs_kernel(q) and takes(q, k, v, scale),
+        "products": runs_kernel(q) and wide_attention.takes(q, k),
     }
     return [name for name, usable in can.items() if usable]
 
