@@ -290,7 +290,9 @@ def test_chunks_are_the_same_and_take_nothing_from_the_device() -> None:
     print(fast.lsync.report())
     print("device allocations after each chunk:", counts)
     for result, wanted in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, wanted, rtol=0.05, atol=0.05)
+        error = (result.float() - wanted.float()).norm() / wanted.float().norm()
+        print("relative error of a chunk:", float(error))
+        assert error < 0.05
     counters = fast.lsync.report().counters
     assert counters["captured"] == counters["graphs"] == 6, fast.lsync.report()
     assert counts[2] == counts[3] == counts[4]  # both lengths of a chunk were seen by then
