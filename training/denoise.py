@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from lsync_compile.models.audio import WINDOW_STEPS
+from lsync_compile.models.mel_encoder import MelAudioEncoder
 from training.augment import uniform
 from training.bank import Batch
 from training.losses import denoising, mouth_map
@@ -18,6 +20,7 @@ from training.sources import CONTEXT
 
 FEATURES_PER_FRAME = 2  # 50 Hz features, 25 frames/s
 WINDOW = (-4, 6)  # feature steps that a frame attends to, around twice its number; end excluded
+assert WINDOW[1] - WINDOW[0] == WINDOW_STEPS
 
 
 def signal_levels(scheduler: DDIMScheduler, device: torch.device) -> Tensor:
@@ -53,6 +56,11 @@ def sound_windows(features: Tensor, frames: int) -> Tensor:
     return features[:, index].flatten(2, 3)
 
 
+def hear(audio: MelAudioEncoder, mel: Tensor, frames: int) -> Tensor:
+    """What frames attend to, ``(B, F, 10 S, D)``, of ``mel`` that starts `CONTEXT` frames early."""
+    return audio.mark(sound_windows(audio(mel), frames))
+
+
 def region_weights(mask: Tensor, side: int) -> Tensor:
     """``(1, 1, 1, h, w)``: 0.3 where the picture is kept, 1 where it is made, 3 at the mouth."""
     made = 1 - F.interpolate(mask[None], size=(side, side))
@@ -62,7 +70,7 @@ def region_weights(mask: Tensor, side: int) -> Tensor:
 
 def training_terms(
     unet: nn.Module,
-    features: Tensor,
+    windows: Tensor,
     batch: Batch,
     levels: Tensor,
     mask: Tensor,
@@ -73,13 +81,12 @@ def training_terms(
 ) -> dict[str, Tensor]:
     """Loss of one batch.
 
-    features: ``(B, T, S, D)`` of the batch's sound; mask: ``(1, h, w)`` at latent size;
-    region: ``(1, 1, 1, h, w)``; drop_sound: share of the chunks that get null sound (zeros).
+    windows: ``(B, F, 10 S, D)`` of the batch's sound, see `hear`; mask: ``(1, h, w)`` at latent
+    size; region: ``(1, 1, 1, h, w)``; drop_sound: share of the chunks that get null sound (zeros).
     """
-    n, _, frames = batch.target.shape[:3]
+    n = len(batch.target)
     timesteps = draw_timesteps(n, batch.target.device)
     noise = draw_noise(batch.target)
-    windows = sound_windows(features, frames)
     heard = uniform(n, 0, 1, batch.target) >= drop_sound
     windows = windows * heard[:, None, None, None]
     level = levels[timesteps]
@@ -144,7 +151,7 @@ def sample(
 @torch.no_grad()
 def probe(
     unet: nn.Module,
-    features: Tensor,
+    windows: Tensor,
     batch: Batch,
     levels: Tensor,
     mask: Tensor,
@@ -159,8 +166,6 @@ def probe(
     timesteps are those where the mouth is decided (high noise) and refined (middle).
     """
     generator = torch.Generator(batch.target.device).manual_seed(seed)
-    frames = batch.target.shape[2]
-    windows = sound_windows(features, frames)
     noise = draw_noise(batch.target, generator)
     result = {}
     sounds = {"right": windows, "wrong": windows.roll(1, 0), "none": torch.zeros_like(windows)}

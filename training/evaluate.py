@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class Model:
         """
         frames, side = len(pixels), pixels.shape[-1] // 8
         features = self.audio.encode(sound)
-        windows = audio_windows(features, 0, frames)
+        windows = self.audio.mark(audio_windows(features, 0, frames))
         masked, taken = encode(self.vae, pixels * mask), encode(self.vae, reference)
         small = F.interpolate(mask[None], size=(side, side))[0]
         generator = torch.Generator().manual_seed(seed)
@@ -140,7 +141,14 @@ def region_error(drawn: Tensor, original: Tensor) -> dict[str, float]:
 
 
 def evaluate(
-    model: Model, take: Recording, other_sound: Tensor, mask: Tensor, out: Path, *, steps: int
+    model: Model,
+    take: Recording,
+    other_sound: Tensor,
+    mask: Tensor,
+    out: Path,
+    *,
+    steps: int,
+    guidance: float,
 ) -> dict[str, Any]:
     """All measures for one recording, and its contact sheet."""
     pixels = take.frames[take.train :].float() / 127.5 - 1
@@ -148,15 +156,16 @@ def evaluate(
     sound = take.sound[take.train * SAMPLES :][: frames * SAMPLES]
     reference = pixels.roll(frames // 2, 0)
     other = other_sound[: frames * SAMPLES]
+    redraw = partial(model.redraw, mask=mask, steps=steps, guidance=guidance)
     results = {
-        "ours": model.redraw(pixels, reference, sound, mask, steps=steps),
-        "muted": model.redraw(pixels, reference, torch.zeros_like(sound), mask, steps=steps),
-        "no guidance": model.redraw(pixels, reference, sound, mask, steps=steps, guidance=1.0),
+        "ours": redraw(pixels, reference, sound),
+        "muted": redraw(pixels, reference, torch.zeros_like(sound)),
+        "no guidance": redraw(pixels, reference, sound, guidance=1.0),
         "copy": reference * (1 - mask) + pixels * mask,
         "vae": decode(model.vae, encode(model.vae, pixels)) * (1 - mask) + pixels * mask,
-        "own reference": model.redraw(pixels, pixels, sound, mask, steps=steps),
+        "own reference": redraw(pixels, pixels, sound),
     }
-    swapped = model.redraw(pixels, pixels, other, mask, steps=steps)
+    swapped = redraw(pixels, pixels, other)
 
     original = opening_of(pixels)
     heard, new = (
@@ -213,6 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--model", type=Path, required=True, help="folder of the trained weights")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--guidance", type=float, default=1.5)
     p.add_argument("--size", type=int, default=256)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(arguments)
@@ -221,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     footage = load_footage(args.data, device, size=args.size)
     model = Model.load(args.model, device, dtype)
     takes = [r for r in footage.of("real") if r.train and len(r.frames) - r.train >= CHUNK]
-    result: dict[str, Any] = {"steps": args.steps, "guidance": 1.5, "recordings": {}}
+    result: dict[str, Any] = {"steps": args.steps, "guidance": args.guidance, "recordings": {}}
     for index, take in enumerate(takes):
         other = takes[(index + 1) % len(takes)]
         report = evaluate(
@@ -231,6 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
             footage.mask,
             args.out,
             steps=args.steps,
+            guidance=args.guidance,
         )
         report["verdict"] = verdict(report)
         result["recordings"][take.name] = report

@@ -47,7 +47,11 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--to", type=Path, default=ROOT / "src/lsync_compile/assets/mini")
     p.add_argument("--docs", type=Path, default=ROOT / "docs/mini", help="curves and sheets")
     args = p.parse_args(arguments)
-    runs = {stage: read(args.model / f"train_{stage}.json") for stage in ("vae", "unet")}
+    runs = {
+        stage: read(file)
+        for stage in ("vae", "ears", "unet")
+        if (file := args.model / f"train_{stage}.json").exists() or stage != "ears"
+    }
     evaluation = read(args.evaluation or args.model / "evaluation.json")
 
     copy(args.model, args.to)
@@ -132,6 +136,18 @@ def whole_curve(run: dict[str, Any]) -> list[dict[str, float]]:
     ]
 
 
+def ears_row(runs: dict[str, dict[str, Any]]) -> str:
+    """The card's row for the sound encoder taught alone, if it was."""
+    ears = runs.get("ears")
+    if ears is None:
+        return ""
+    minutes = f"{ears['seconds'] / 60:.1f}" if "seconds" in ears else "n/a"
+    return (
+        f"| sound encoder alone | {ears['steps']} | {ears['batch']} pieces of 3.2 s "
+        f"| {minutes} | {ears['seed']} |\n"
+    )
+
+
 def stage_rows(run: dict[str, Any]) -> str:
     """Rows of the card's table for a run and for those it began from."""
     row = (
@@ -208,7 +224,7 @@ Parameters: {sizes}; fp16. Trained from scratch by the scripts in `training/` on
 | stage | steps | batch | minutes | seed |
 | --- | --- | --- | --- | --- |
 | VAE | {vae["steps"]} | {vae["batch"]} faces | {vae["seconds"] / 60:.1f} | {vae["seed"]} |
-{stage_rows(unet)}
+{ears_row(runs)}{stage_rows(unet)}
 
 ## Data
 

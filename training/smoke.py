@@ -19,7 +19,7 @@ import cv2
 import torch
 from torch import Tensor
 
-from training import evaluate, export, train_unet, train_vae
+from training import evaluate, export, train_ears, train_unet, train_vae
 from training.data import MANIFEST, VERSION, write_pictures, write_sound
 from training.features import Motion
 from training.speech import mouth_tracks, normalise
@@ -128,8 +128,17 @@ def main(arguments: list[str] | None = None) -> None:
             ]
         )  # fmt: skip
     done("VAE trained")
+    configs = small_configs(args.out)
+    ears = args.out / "ears"
+    train_ears.main(
+        [
+            "--data", str(data), "--out", str(ears), "--steps", "4", "--batch", "2",
+            *configs[2:], "--device", args.device,
+        ]
+    )  # fmt: skip
+    done("sound encoder trained")
     unet = [
-        *common, "--vae", str(model / "vae"), *small_configs(args.out), "--batch", "3",
+        *common, "--vae", str(model / "vae"), *configs, "--batch", "3", "--ears", str(ears),
         "--slots", "2", "0", "1", "--length", "32", "--log-every", "4", "--check-every", "8",
         "--refresh-every", "1000",
     ]  # fmt: skip

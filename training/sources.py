@@ -19,9 +19,7 @@ from training.speech import SpeechSampler
 from training.synthetic import FaceSampler
 
 SAMPLES = 640  # samples of sound a frame: 16 kHz at 25 frames/s
-# Frames of sound before and after a chunk. A multiple of 8, so that the sound encoder's phase
-# marker stands at a chunk's first frame where it will stand at inference.
-CONTEXT = 16
+CONTEXT = 16  # frames of sound before and after a chunk; the sound encoder sees 9 of them
 
 
 @dataclass

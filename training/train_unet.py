@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from lsync_compile.models.unet import UNet3DConditionModel
 from training.augment import colour_mel, jitter_mel
 from training.bank import Batch, LatentBank
 from training.codec import encode, load_vae
-from training.denoise import probe, region_weights, signal_levels, training_terms
+from training.denoise import hear, probe, region_weights, signal_levels, training_terms
 from training.footage import load_footage
 from training.graphed import GraphedTerms
 from training.loop import (
@@ -49,7 +48,6 @@ from training.sources import ClipMaker, Footage, part_of_sound
 
 UNET_CONFIG = Path(__file__).with_name("mini_unet.json")
 AUDIO_CONFIG = Path(__file__).with_name("mini_audio.json")
-PHASES = (0, 4)  # of the sound encoder's marker: as in a whole chunk, and out of step
 
 
 class Pair(nn.Module):
@@ -106,10 +104,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"unet: {bank.describe()}, ready after {budget.seconds():.0f} s", flush=True)
     log.reset_clock()
 
-    def terms(mel: Tensor, *latents: Tensor, phase: int = 0) -> dict[str, Tensor]:
+    def terms(mel: Tensor, *latents: Tensor) -> dict[str, Tensor]:
         return training_terms(
             pair.unet,
-            pair.audio(mel, phase),
+            hear(pair.audio, mel, latents[0].shape[2]),
             Batch(*latents, mel),
             levels,
             mask,
@@ -118,18 +116,14 @@ def main(arguments: list[str] | None = None) -> None:
             dtype=dtype,
         )
 
-    graphed = {
-        phase: GraphedTerms(partial(terms, phase=phase), trainer.live, record=args.graphs)
-        for phase in PHASES
-    }
+    graphed = GraphedTerms(terms, trainer.live, record=args.graphs)
     lengths = torch.Generator().manual_seed(args.seed + step)
     while not budget.finished(step) and not budget.call_over():
         if step and step % args.refresh_every == 0:
             bank.refresh(args.refresh)
-        frames, chunks, phase = step_shape(args.batch, args.frames, lengths, short=args.short)
-        batch = bank.batch(chunks, frames)
+        batch = bank.batch(args.batch, chunk_length(args.frames, lengths, short=args.short))
         mel = colour_mel(jitter_mel(ears.mel(batch.sound))).to(dtype)
-        values = graphed[phase](mel, batch.target, batch.masked, batch.reference)
+        values = graphed(mel, batch.target, batch.masked, batch.reference)
         rate = learning_rate(args.lr, budget.fraction(step))
         norm = trainer.step(rate)
         log.add(values | {"grad": norm})
@@ -147,20 +141,16 @@ def main(arguments: list[str] | None = None) -> None:
     finish(args, trainer, pair, footage, bank, log, complete=budget.finished(step))
 
 
-def step_shape(
-    batch: int, frames: int, generator: torch.Generator, *, short: float = 1 / 8
-) -> tuple[int, int, int]:
-    """Frames of a chunk, number of chunks, and phase of the first feature, for one step.
+def chunk_length(frames: int, generator: torch.Generator, *, short: float = 1 / 8) -> int:
+    """Frames of the chunks of one step.
 
     A share ``short`` of the steps has shorter chunks, as the last chunk of a clip has; of two
-    lengths only, because each new shape costs ten seconds of choosing kernels on a GPU. One step
-    in eight has the sound encoder's phase marker half a period out of step, as with an unusual
-    chunk length, so that the model does not depend on it wholly.
+    lengths only, because each new shape costs ten seconds of choosing kernels on a GPU.
     """
     draw, length = torch.rand(2, generator=generator).tolist()
-    if draw < short and frames > 1:
-        return max(1, frames // (5 if length < 0.5 else 2)), batch, 0
-    return frames, batch, PHASES[1] if draw > 7 / 8 else 0
+    if draw < short:
+        return max(1, frames // (5 if length < 0.5 else 2))
+    return frames
 
 
 def resume(
@@ -177,9 +167,13 @@ def resume(
     elif args.init is not None:
         position = json.loads((args.init / "train_unet.json").read_text())
         step, budget.used, log.points = (position[k] for k in ("steps", "seconds", "curve"))
-        trainer.load_weights(read_weights(args.init, device), step)
-    elif args.start is not None:
-        trainer.load_weights(read_weights(args.start, device), 0)
+        trainer.load_weights(read_weights(args.init, device, "unet", "audio"), step)
+    elif args.start is not None or args.ears is not None:
+        weights = dict(trainer.averaged())
+        if args.start is not None:
+            weights |= read_weights(args.start, device, "unet")
+        weights |= read_weights(args.ears or args.start, device, "audio")
+        trainer.load_weights(weights, 0)
         return 0
     else:
         return 0
@@ -188,11 +182,11 @@ def resume(
     return int(step)
 
 
-def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
-    """Published weights of both networks, by the names that `Pair` gives them."""
+def read_weights(folder: Path, device: torch.device, *parts: str) -> dict[str, Tensor]:
+    """Published weights of the networks, by the names that `Pair` gives them."""
     return {
         f"{part}.{name}": weight.to(device)
-        for part in ("unet", "audio")
+        for part in parts
         for name, weight in load_file(str(folder / f"{part}.safetensors")).items()
     }
 
@@ -229,8 +223,8 @@ def check(
     dtype: torch.dtype,
 ) -> dict[str, float]:
     """Held-out error with the right, a wrong and no sound; of the weights as they are."""
-    features = pair.audio(mel.to(dtype))
-    errors = probe(pair.unet, features, held_out, levels, mask, region, seed=3, dtype=dtype)
+    windows = hear(pair.audio, mel.to(dtype), held_out.target.shape[2])
+    errors = probe(pair.unet, windows, held_out, levels, mask, region, seed=3, dtype=dtype)
     return {f"val_{name}": value for name, value in errors.items()}
 
 
@@ -290,6 +284,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--init", type=Path, help="an earlier --out to go on from without its state")
     p.add_argument("--start", type=Path, help="weights of an earlier --out to begin a new run with")
+    p.add_argument("--ears", type=Path, help="a sound encoder of training.train_ears to begin with")
     p.add_argument("--unet-config", type=Path, default=UNET_CONFIG)
     p.add_argument("--audio-config", type=Path, default=AUDIO_CONFIG)
     p.add_argument(

@@ -71,6 +71,15 @@ def test_reach_is_as_far_as_a_step_sees(encoder: MelAudioEncoder) -> None:
     assert touched.min() < 2 * (50 - encoder.reach + 2), "the margin is not far larger than needed"
 
 
+def test_marks_tell_the_steps_of_a_window_apart(encoder: MelAudioEncoder) -> None:
+    marked = encoder.mark(torch.zeros(3, 50, 384)).detach()
+    assert torch.equal(marked[0], marked[2])
+    steps = marked[0].view(10, 5, 384)
+    assert torch.equal(steps[:, 0], steps[:, 4]), "all states of a step bear its mark"
+    apart = torch.cdist(steps[:, 0], steps[:, 0]) + 99 * torch.eye(10)
+    assert apart.min() > 1
+
+
 def test_silence_and_faint_noise_are_the_same(encoder: MelAudioEncoder) -> None:
     faint = 1e-6 * torch.randn(16_000)
     torch.testing.assert_close(encoder.encode(torch.zeros(16_000)), encoder.encode(faint))
@@ -78,7 +87,8 @@ def test_silence_and_faint_noise_are_the_same(encoder: MelAudioEncoder) -> None:
 
 def test_every_weight_can_be_trained() -> None:
     encoder = MelAudioEncoder()
-    encoder(encoder.mel(noise(1).view(2, 8000)[:, :7680])).tanh().sum().backward()
+    features = encoder(encoder.mel(noise(1).view(2, 8000)[:, :7680]))  # (2, 24, 5, 384)
+    encoder.mark(features[:, :10].flatten(1, 2)).tanh().sum().backward()
     assert [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 

@@ -41,7 +41,7 @@ from training.sources import (
     part_of_sound,
     soften,
 )
-from training.train_unet import step_shape
+from training.train_unet import chunk_length
 
 
 def test_reconstruction_is_zero_for_the_target_and_counts_the_mouth_more() -> None:
@@ -195,15 +195,13 @@ def test_region_weights_follow_the_mask() -> None:
     assert float(region[5, 4]) > 2
 
 
-def test_step_shapes_vary() -> None:
+def test_lengths_of_chunks_vary() -> None:
     generator = torch.Generator().manual_seed(0)
-    drawn = [step_shape(8, 16, generator) for _ in range(400)]
-    assert {batch for _, batch, _ in drawn} == {8}
-    assert 0.8 < sum(frames == 16 for frames, _, _ in drawn) / 400 < 0.95
+    drawn = [chunk_length(16, generator) for _ in range(400)]
+    assert 0.8 < sum(frames == 16 for frames in drawn) / 400 < 0.95
     # Few lengths, because each is a shape of its own; none longer than a chunk.
-    assert {frames for frames, _, _ in drawn} == {3, 8, 16}
-    assert step_shape(8, 1, generator)[0] == 1
-    assert 0.8 < sum(phase == 0 for _, _, phase in drawn) / 400 < 0.95
+    assert set(drawn) == {3, 8, 16}
+    assert chunk_length(1, generator) == 1
 
 
 def test_sound_of_a_part_is_padded_with_silence() -> None:

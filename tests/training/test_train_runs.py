@@ -16,7 +16,7 @@ from lsync_compile.models.scheduler import default_scheduler
 from training import smoke
 from training.bank import Batch
 from training.codec import Autoencode, new_vae
-from training.denoise import sample, signal_levels, sound_windows, training_terms
+from training.denoise import hear, sample, signal_levels, training_terms
 from training.loop import Trainer, learning_rate
 from training.losses import mouth_map, reconstruction
 from training.sources import CONTEXT, SAMPLES
@@ -101,7 +101,7 @@ def test_unet_learns_to_listen() -> None:
     for step in range(steps):
         batch, _ = toy.draw(8)
         terms = training_terms(
-            pair.unet, pair.audio(ears.mel(batch.sound)), batch, levels, toy.mask, region,
+            pair.unet, hear(pair.audio, ears.mel(batch.sound), 8), batch, levels, toy.mask, region,
             drop_sound=0.1, dtype=torch.float32,
         )  # fmt: skip
         terms["loss"].backward()
@@ -113,7 +113,7 @@ def test_unet_learns_to_listen() -> None:
 
     def agreement(unet: nn.Module, sound: torch.Tensor) -> float:
         with torch.no_grad():
-            windows = sound_windows(pair.audio(ears.mel(sound)), 8)
+            windows = hear(pair.audio, ears.mel(sound), 8)
         drawn = sample(
             unet, default_scheduler(), batch.masked, batch.reference, windows, toy.mask, noise,
             steps=10,

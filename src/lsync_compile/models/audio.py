@@ -16,6 +16,7 @@ from lsync_compile.errors import OptionError
 SAMPLE_RATE = 16_000
 FEATURE_RATE = 50
 SAMPLES_PER_STEP = SAMPLE_RATE // FEATURE_RATE  # 320
+WINDOW_STEPS = 10  # around each video frame: four before its centre, its own two, four after
 
 
 @runtime_checkable
@@ -44,6 +45,14 @@ class AudioEncoder(Protocol):
 
     def encode(self, samples: Tensor) -> Tensor:
         """All features at once: ``(T, states, feature_dim)`` with ``T = ceil(n / 320)``."""
+        ...
+
+    def mark(self, windows: Tensor) -> Tensor:
+        """Finish windows that `audio_windows` cut, ``(count, 10 * S, D)`` to the same.
+
+        Attention sees the tokens of a window as a set. Whisper's positions let it tell them
+        apart; an encoder without positions marks them here.
+        """
         ...
 
 
@@ -75,6 +84,10 @@ class EncoderModule(nn.Module):
         """
         features = self.open(samples)
         return features.read(0, len(features))
+
+    def mark(self, windows: Tensor) -> Tensor:
+        """Windows as they are. See `AudioEncoder`."""
+        return windows
 
 
 def check_samples(samples: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -18,15 +17,18 @@ from torch import Tensor, nn
 
 from lsync_compile.errors import CheckpointError
 
-from .audio import SAMPLES_PER_STEP, AudioFeatures, EncoderModule, check_samples
+from .audio import (
+    SAMPLES_PER_STEP,
+    WINDOW_STEPS,
+    AudioFeatures,
+    EncoderModule,
+    check_samples,
+)
 from .mel import LogMel
 from .weights import build, read_state_dict
 
 QUIET = -6.0  # log10 of the mel power at and below which everything is silence
 _CHUNK = 1500  # steps encoded at a time
-# Steps after which the phase marker repeats. A frame's window has ten steps, so the first period
-# is unambiguous within it, and both divide the steps of a chunk of 8 or 16 frames.
-_PERIODS = (16, 8)
 _STEM_REACH = 2  # steps that the two convolutions of the stem see to either side, rounded up
 
 
@@ -70,11 +72,11 @@ class MelAudioEncoder(EncoderModule):
         self.log_mel = LogMel(bands)
         self.conv1 = nn.Conv1d(bands, width, 3, padding=1)
         self.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1)
-        self.phase = nn.Linear(2 * len(_PERIODS), width)
         residuals = [_Residual(width, i + 1) for i in range(layers)]
         self.layers = nn.ModuleList(residuals)
         self.projections = nn.ModuleList(nn.Linear(width, feature_dim) for _ in range(layers + 1))
         self.norms = nn.ModuleList(nn.LayerNorm(feature_dim) for _ in range(layers + 1))
+        self.marks = nn.Parameter(0.5 * torch.randn(WINDOW_STEPS, feature_dim))
         self.reach = _STEM_REACH + sum(layer.reach for layer in residuals)
 
     def mel(self, samples: Tensor) -> Tensor:
@@ -82,15 +84,10 @@ class MelAudioEncoder(EncoderModule):
         ``(..., bands, n / 160)``, about -1 for silence to 1 for loud speech."""
         return self._scale(self.log_mel(samples))
 
-    def forward(self, mel: Tensor, first: int = 0) -> Tensor:
-        """``mel (B, bands, 2 T)`` -> ``(B, T, states, feature_dim)``, unit variance at first.
-
-        Attention sees the steps of a window as a set. So that it can tell them apart, every step
-        is marked with its phase within a chunk; ``first`` is the number of the first step.
-        """
+    def forward(self, mel: Tensor) -> Tensor:
+        """``mel (B, bands, 2 T)`` -> ``(B, T, states, feature_dim)``, unit variance at first."""
         x = F.gelu(self.conv1(mel))
         x = F.gelu(self.conv2(x))  # (B, width, T)
-        x = x + self._marks(first, x.shape[-1]).T
         outputs = [x]
         for layer in self.layers:
             x = layer(x)
@@ -100,6 +97,11 @@ class MelAudioEncoder(EncoderModule):
             for h, projection, norm in zip(outputs, self.projections, self.norms, strict=True)
         ]
         return torch.stack(states, dim=2)
+
+    def mark(self, windows: Tensor) -> Tensor:
+        """Add to each token the learned mark of its place in the window; see `AudioEncoder`."""
+        marks = self.marks.repeat_interleave(self.states, dim=0)
+        return windows + marks.to(windows.dtype)
 
     def open(self, samples: Tensor) -> AudioFeatures:
         """Features of ``samples (n,)``, computed in pieces as read. See `AudioEncoder`."""
@@ -134,14 +136,6 @@ class MelAudioEncoder(EncoderModule):
         weights = path.with_suffix(".safetensors")
         return build(lambda: encoder, read_state_dict(weights), dtype=torch.float32, source=weights)
 
-    def _marks(self, first: int, count: int) -> Tensor:
-        """Learned marks of ``count`` steps from ``first``: ``(count, width)``."""
-        steps = torch.arange(first, first + count, device=self.phase.weight.device)
-        angles = torch.stack([steps % period * (2 * math.pi / period) for period in _PERIODS], 1)
-        waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-        marks: Tensor = self.phase(waves.to(self.phase.weight.dtype))
-        return marks
-
     def _scale(self, logs: Tensor) -> Tensor:
         return (logs.clamp(min=QUIET) + 3.0) / 3.0
 
@@ -151,7 +145,7 @@ class MelAudioEncoder(EncoderModule):
         first = max(start - self.reach, 0)
         last = min(stop + self.reach, samples.shape[0] // SAMPLES_PER_STEP)
         mel = self._scale(self.log_mel.frames(samples, 2 * first, 2 * last))
-        features: Tensor = self(mel[None].to(self.dtype), first)[0, start - first : stop - first]
+        features: Tensor = self(mel[None].to(self.dtype))[0, start - first : stop - first]
         return features.float()
 
 

@@ -341,7 +341,8 @@ class LatentSyncPipeline(DiffusionPipeline):
                     elif bar is not None:
                         bar.update(done + step - bar.n)
 
-                audio = audio_windows(features, chunk.start, len(chunk), fps=job.fps)
+                windows = audio_windows(features, chunk.start, len(chunk), fps=job.fps)
+                audio = self.audio_encoder.mark(windows)
                 synced = None
                 if chunk.faces is not None:
                     synced = generate(chunk.index, chunk.faces, audio, advance)
