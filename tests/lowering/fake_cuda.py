@@ -49,10 +49,10 @@ class CUDAGraph:
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda = cuda
         self._steps: list[tuple[Any, Any, Any, Any]] = []
-        self._pool: int | None = None
+        self._pool: tuple[int, int] | None = None
         self.ended = False
 
-    def pool(self) -> int:
+    def pool(self) -> tuple[int, int]:
         if not self.ended:
             raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
         assert self._pool is not None
@@ -103,7 +103,8 @@ class FakeCuda:
         self._local = threading.local()
         self._capturing: CUDAGraph | None = None
         self._recorded_on: Stream | None = None
-        self._used: set[int] = set()
+        self._used: set[tuple[int, int]] = set()
+        self._open: tuple[int, int] | None = None
 
     def Stream(self, device: Any = None) -> Stream:
         return Stream(self, f"side {next(self._names)}")
@@ -132,10 +133,11 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def graph(
-        self, graph: CUDAGraph, pool: int, stream: Stream, capture_error_mode: str
+        self, graph: CUDAGraph, pool: tuple[int, int], stream: Stream, capture_error_mode: str
     ) -> Iterator[None]:
         assert capture_error_mode == "thread_local"
         assert self._capturing is None
+        assert self._open is None  # torch: the allocator thinks that another recording goes on
         assert stream is not self._main
         sharing = [other for other in self.graphs if other._pool == pool]
         # torch: a handle whose graphs are all gone must not be used again.
@@ -150,7 +152,8 @@ class FakeCuda:
                 yield
         finally:
             self._capturing = None
-            if mode.spoiled:  # as in torch, the stream stays current
+            if mode.spoiled:  # as in torch, the stream stays current and the pool open
+                self._open = pool
                 raise RuntimeError("CUDA error: operation failed due to a previous error")
         graph.ended = True
         self.graphs.append(graph)
@@ -159,10 +162,21 @@ class FakeCuda:
     def is_current_stream_capturing(self) -> bool:
         return self._capturing is not None and self.current_stream() is self._recorded_on
 
-    def graph_pool_handle(self) -> int:
-        return next(self._handles)
+    def graph_pool_handle(self) -> tuple[int, int]:
+        return 0, next(self._handles)
 
-    def memory_snapshot(self, pool: int) -> list[dict[str, int]]:
+    def _cuda_clearCublasWorkspaces(self) -> None:
+        self.log.append("clear workspaces")
+
+    def _cuda_endAllocateToPool(self, device: int, pool: tuple[int, int]) -> None:
+        if self._open != pool:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self._open = None
+
+    def _cuda_releasePool(self, device: int, pool: tuple[int, int]) -> None:
+        assert self._open is None
+
+    def memory_snapshot(self, pool: tuple[int, int]) -> list[dict[str, int]]:
         sizes = (graph_bytes(graph) for graph in self.graphs if graph._pool == pool)
         return [{"total_size": size} for size in sizes]
 

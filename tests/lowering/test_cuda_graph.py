@@ -239,7 +239,7 @@ def test_a_call_inside_a_larger_recording_is_part_of_it(
 ) -> None:
     call = Captured(lambda x: (x * 2,), pool, 1)
     x, graph, side = torch.ones(3), cuda.CUDAGraph(), cuda.Stream()
-    with cuda.graph(graph, pool=99, stream=side, capture_error_mode="thread_local"):
+    with cuda.graph(graph, pool=(0, 99), stream=side, capture_error_mode="thread_local"):
         (result,) = call(x)
     x.fill_(4)
     graph.replay()
@@ -267,7 +267,9 @@ def test_it_warms_up_and_records_on_the_pools_stream(
     assert cuda.log == [
         "side 1 waits for main",
         "main waits for side 1",
+        "clear workspaces",
         "record on side 1",
+        "clear workspaces",
         "replay on main",
         "replay on main",
     ]

@@ -93,7 +93,7 @@ def _capture(
         # A failed recording leaves its stream current; the outer block does not.
         with (
             cuda.stream(pool.stream),
-            _quiet(),
+            _quiet(cuda),
             cuda.graph(graph, pool=handle, stream=pool.stream, capture_error_mode="thread_local"),
         ):
             try:
@@ -102,24 +102,24 @@ def _capture(
                 cause = _line(error)  # ending the recording will fail too, with less to say
                 raise
     except CAPTURE_ERRORS as error:
-        _unwind(graph, cuda.current_device(), handle)
+        _unwind(graph, handle, cuda)
         log.debug("capture failed", exc_info=error)
         raise RefusalError(cause or _line(error)) from error
     except BaseException:  # an interrupt, or what is no error of capturing
-        _unwind(graph, cuda.current_device(), handle)
+        _unwind(graph, handle, cuda)
         raise
     return graph, tuple(outputs)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(cuda: Any) -> Iterator[None]:
     """Nothing is freed in the block that was made outside it.
 
     The collector would destroy other graphs' memory in the middle of a recording. Workspaces that
     cuBLAS got before would be freed one day under a graph that uses them; cleared, new ones come
     from the graph's own pool.
     """
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    clear = _internals(cuda)._cuda_clearCublasWorkspaces
     gc.collect()
     collects = gc.isenabled()
     gc.disable()
@@ -132,7 +132,7 @@ def _quiet() -> Iterator[None]:
             gc.enable()
 
 
-def _unwind(graph: Any, device: int, handle: Any) -> None:
+def _unwind(graph: Any, handle: Any, cuda: Any) -> None:
     """Tell the allocator that a recording is over which ended in an error.
 
     Up to torch 2.14 a graph whose recording was invalidated does not do so itself: the allocator
@@ -141,9 +141,15 @@ def _unwind(graph: Any, device: int, handle: Any) -> None:
     try:
         graph.pool()
     except RuntimeError:
-        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        internals, device = _internals(cuda), cuda.current_device()
+        for undo in (internals._cuda_endAllocateToPool, internals._cuda_releasePool):
             with contextlib.suppress(RuntimeError):  # done already, in some versions
-                getattr(torch._C, name, lambda *args: None)(device, handle)
+                undo(device, handle)
+
+
+def _internals(cuda: Any) -> Any:
+    """Where torch has what it does not offer in :mod:`torch.cuda`."""
+    return torch._C if cuda is torch.cuda else cuda
 
 
 def _versions(inputs: Sequence[Any]) -> list[int]:
