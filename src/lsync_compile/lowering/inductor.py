@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 from lsync_compile.lowering.base import Lowered
+from lsync_compile.lowering.cache_key import ops_key
 from lsync_compile.options import Options
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> L
         torch._inductor.exc.InductorError: where Inductor cannot; see
             ``lsync_compile.backend.LOWERING_ERRORS`` for what else may come out of it.
     """
-    inputs, patches = list(example_inputs), dict(options.inductor)
+    inputs, patches = list(example_inputs), {**_keyed(gm), **options.inductor}
     hits = _hits()
     note = _needs_compile_fx(inputs)
     call: Any = None if note else _standalone(gm, inputs, patches)
@@ -40,6 +41,12 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> L
         note = note or "standalone_compile failed: compile_fx"
         call = compile_fx(gm, inputs, config_patches=patches)
     return Lowered(call, cache_hit=_hits() > hits, note=note)
+
+
+def _keyed(gm: GraphModule) -> dict[str, Any]:
+    """The setting that puts the sources of our ops into the keys of torch's caches."""
+    key = ops_key(gm.graph)
+    return {} if key is None else {"post_grad_custom_post_pass": key}
 
 
 def _standalone(gm: GraphModule, inputs: list[Any], patches: dict[str, Any]) -> Any:

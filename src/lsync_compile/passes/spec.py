@@ -137,8 +137,13 @@ def source_uuid(cls: type[Pass]) -> str:
 
     A changed helper changes it, which a hash of the class alone would miss.
     """
+    return module_uuid(sys.modules[cls.__module__])
+
+
+def module_uuid(start: ModuleType) -> str:
+    """Hash of the sources of a module of the package and of all of its modules that it uses."""
     digest = hashlib.sha256()
-    for module in sorted(_used_modules(sys.modules[cls.__module__]), key=lambda m: m.__name__):
+    for module in sorted(_used_modules(start), key=lambda m: m.__name__):
         digest.update(module.__name__.encode())
         digest.update(_source(module).encode())
     return digest.hexdigest()
