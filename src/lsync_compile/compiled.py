@@ -14,6 +14,7 @@ from torch import nn
 from lsync_compile.errors import OptionError
 from lsync_compile.options import Options
 from lsync_compile.report import Report, Session
+from lsync_compile.runtime.running import running
 
 if TYPE_CHECKING:
     from lsync_compile.explain import Explanation
@@ -198,8 +199,10 @@ class CompiledPipeline:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline; arguments and result are its own."""
         self._lsync_handle.settle()
-        self._lsync_handle._session.count_run()
-        return self._lsync_run(*args, **kwargs)
+        session = self._lsync_handle._session
+        session.count_run()
+        with running(session):
+            return self._lsync_run(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> CompiledPipeline:
         """Move the pipeline in place, as its own ``to`` does, and return this object."""
@@ -216,8 +219,10 @@ class CompiledPipeline:
         @functools.wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
             self._lsync_handle.settle()
-            self._lsync_handle._session.count_run()
-            return method(*args, **kwargs)
+            session = self._lsync_handle._session
+            session.count_run()
+            with running(session):
+                return method(*args, **kwargs)
 
         return run
 

@@ -90,6 +90,19 @@ class StageRecord:
 
 
 @dataclass
+class TimeRecord:
+    """Wall time of one kind of work in all runs, such as "decode" or "detect".
+
+    Attributes:
+        calls: how often it was done.
+        seconds: wall time of it on the host, summed; work that overlaps counts in each.
+    """
+
+    calls: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
 class GraphRecord:
     """One captured graph of one shape.
 
@@ -131,13 +144,20 @@ class GraphRecord:
 
 @dataclass
 class Report:
-    """A snapshot of a session; ``str()`` gives the text, :meth:`to_dict` plain values."""
+    """A snapshot of a session; ``str()`` gives the text, :meth:`to_dict` plain values.
+
+    Attributes:
+        features: what each optimisation of the runtime counted, by name.
+        times: wall time by kind of work, in the order of a chunk's way.
+    """
 
     name: str
     options: dict[str, Any]
     graphs: list[GraphRecord]
     notes: list[str]
     runs: int
+    features: dict[str, dict[str, float]] = field(default_factory=dict)
+    times: dict[str, TimeRecord] = field(default_factory=dict)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -185,6 +205,8 @@ class Session:
         self._graphs: list[GraphRecord] = []
         self._notes: list[str] = []
         self._runs = 0
+        self._features: dict[str, dict[str, float]] = {}
+        self._times: dict[str, TimeRecord] = {}
 
     def add_graph(self, record: GraphRecord) -> None:
         with self.lock:
@@ -210,6 +232,27 @@ class Session:
         with self.lock:
             self._runs += 1
 
+    def count(self, feature: str, **numbers: float) -> None:
+        """Add to the counters of an optimisation of the runtime; zero makes them show."""
+        with self.lock:
+            counters = self._features.setdefault(feature, {})
+            for name, number in numbers.items():
+                counters[name] = counters.get(name, 0) + number
+
+    def most(self, feature: str, **numbers: float) -> None:
+        """Keep the largest of what a counter was given so far, such as an error or bytes."""
+        with self.lock:
+            counters = self._features.setdefault(feature, {})
+            for name, number in numbers.items():
+                counters[name] = max(counters.get(name, number), number)
+
+    def time(self, work: str, seconds: float) -> None:
+        """Add the wall time of one piece of work of a run."""
+        with self.lock:
+            record = self._times.setdefault(work, TimeRecord())
+            record.calls += 1
+            record.seconds += seconds
+
     def note(self, text: str) -> bool:
         """Add a line to the report; False where it stands there already."""
         with self.lock:
@@ -221,6 +264,7 @@ class Session:
     def report(self) -> Report:
         with self.lock:
             graphs, notes, runs = copy.deepcopy(self._graphs), list(self._notes), self._runs
+            features, times = copy.deepcopy(self._features), copy.deepcopy(self._times)
         preset = preset_note(self.options.preset)
         return Report(
             name=self.name,
@@ -228,6 +272,8 @@ class Session:
             graphs=graphs,
             notes=[preset, *notes] if preset else notes,
             runs=runs,
+            features=features,
+            times=times,
         )
 
 
@@ -257,6 +303,8 @@ def format_report(report: Report) -> str:
             lines.append(f"    CUDA graph: {format_capture(graph.capture)}")
         if graph.fallback:
             lines.append(f"    not compiled: {graph.fallback}")
+    lines.extend(f"  {name}: {format_feature(counts)}" for name, counts in report.features.items())
+    lines.extend(f"  time: {name} {format_time(spent)}" for name, spent in report.times.items())
     lines.extend(f"  note: {text}" for text in report.notes)
     return "\n".join(lines)
 
@@ -293,6 +341,22 @@ def format_stage(record: StageRecord, *, ran: bool = True) -> str:
         f"{_count(record.results, 'result')} ({record.bytes / 2**20:.1f} MiB)"
     )
     return f"{line}, computed {record.computed}, reused {record.reused}" if ran else line
+
+
+def format_feature(counters: dict[str, float]) -> str:
+    """One line: what an optimisation counted; names ending in ``bytes`` are sizes."""
+    parts = []
+    for name, number in counters.items():
+        size = name.endswith("bytes")
+        label = name.replace("_", " ")
+        parts.append(f"{label} {readable(int(number)) if size else f'{number:.4g}'}")
+    return ", ".join(parts)
+
+
+def format_time(record: TimeRecord) -> str:
+    """Sum and mean of the wall time of one kind of work."""
+    mean = 1000 * record.seconds / max(1, record.calls)
+    return f"{record.seconds:.2f} s in {_count(record.calls, 'call')} ({mean:.1f} ms each)"
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:
