@@ -56,7 +56,10 @@ def test_one_encoder_call_gives_what_two_give(
     assert not apart.joint_encoding  # on a CPU
     joint.joint_encoding = True
     with torch.no_grad():
-        expected, found = apart._encode(pictures), joint._encode(pictures)
+        expected, found = (
+            apart._draw(apart._moments(pictures)),
+            joint._draw(joint._moments(pictures)),
+        )
     assert batches == [FRAMES, FRAMES, 2 * FRAMES]
     assert found[0].shape == (1, 4, FRAMES, 8, 8)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -74,7 +77,7 @@ def test_the_masked_faces_are_drawn_before_the_reference(
     with torch.no_grad():
         for joint in (False, True):
             synthesize.joint_encoding = joint
-            found = synthesize._encode(pictures)
+            found = synthesize._draw(synthesize._moments(pictures))
             for pixels, latents in zip(pictures, found, strict=True):
                 posterior = tiny_pipeline.vae.encode(pixels).latent_dist
                 noise = torch.randn(posterior.mean.shape, generator=generator)
@@ -88,7 +91,8 @@ def test_conditions_have_mask_masked_and_reference_channels_twice(
     faces = torch.randint(0, 256, (FRAMES, 3, 64, 64), dtype=torch.uint8)
     audio = torch.randn(FRAMES, 50, 384)
     with torch.no_grad():
-        conditions = synthesizer(tiny_pipeline)._condition(faces, audio)
+        synthesize = synthesizer(tiny_pipeline)
+        conditions = synthesize._condition(synthesize.prepare(faces), audio)
     assert conditions.fixed.shape == (2, 9, FRAMES, 8, 8)
     assert torch.equal(conditions.fixed[0], conditions.fixed[1])
     assert set(conditions.fixed[:, 0].unique().tolist()) == {0.0, 1.0}

@@ -29,11 +29,28 @@ class Conditions:
 
     audio: Tensor | None  # (2 f, S, D), the null half first
     fixed: Tensor  # (2, 9, f, h, w): mask, masked-image latents, reference latents
-    pixels: Tensor  # (f, 3, R, R) in [-1, 1]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A chunk after the VAE's encoder; nothing random has happened to it yet.
+
+    Attributes:
+        pixels: (f, 3, R, R) float32 in [-1, 1], the faces.
+        moments: parameters of the posteriors of the masked and the reference faces, each
+            (f, 8, h, w).
+    """
+
+    pixels: Tensor
+    moments: list[Tensor]
 
 
 class ChunkSynthesizer:
     """Generates the faces of a run's chunks, one chunk a call.
+
+    A call is three steps, which a runtime may also take one by one: :meth:`prepare` and
+    :meth:`decode` depend on their arguments alone, so they may run ahead or behind in other
+    threads; :meth:`denoise` draws all random numbers and is called for the chunks in their order.
 
     Made anew for each run and given its networks then; the only thing kept from chunk to chunk is
     the noise that all frames of a run share.
@@ -81,10 +98,25 @@ class ChunkSynthesizer:
         Returns:
             (f, 3, R, R) in [-1, 1], the UNet's dtype: the mouth generated, the rest as in faces.
         """
-        conditions = self._condition(faces, audio)
-        latents = self.noise.expand(-1, -1, len(faces), -1, -1)
-        latents = self._denoise(latents, conditions, chunk, advance)
-        return self._decode(latents, conditions.pixels)
+        prepared = self.prepare(faces)
+        return self.decode(self.denoise(chunk, prepared, audio, advance), prepared.pixels)
+
+    @torch.no_grad()
+    def prepare(self, faces: Tensor) -> Prepared:
+        """Encode faces (f, 3, R, R) uint8, masked and as they are."""
+        pixels = (faces.to(self.device).float() / 255.0 - 0.5) / 0.5
+        dtype = self.unet.dtype
+        masked = (pixels * self.job.mask).to(dtype)
+        return Prepared(pixels, self._moments([masked, pixels.to(dtype)]))
+
+    @torch.no_grad()
+    def denoise(
+        self, chunk: int, prepared: Prepared, audio: Tensor, advance: Callable[[int], None]
+    ) -> Tensor:
+        """Clean latents (1, 4, f, h, w) of a chunk; arguments as for a call."""
+        conditions = self._condition(prepared, audio)
+        latents = self.noise.expand(-1, -1, len(prepared.pixels), -1, -1)
+        return self._denoise(latents, conditions, chunk, advance)
 
     def _initial_noise(self) -> Tensor:
         """(1, 4, 1, h, w): one frame of noise shared by all frames of the run."""
@@ -98,35 +130,34 @@ class ChunkSynthesizer:
             dtype=self.unet.dtype,
         ).to(self.device)
 
-    def _condition(self, faces: Tensor, audio: Tensor) -> Conditions:
-        """Encode a chunk: faces (f, 3, R, R) uint8, audio (f, S, D)."""
+    def _condition(self, prepared: Prepared, audio: Tensor) -> Conditions:
+        """What a chunk is conditioned on, with the sound of each frame, audio (f, S, D)."""
         job, dtype = self.job, self.unet.dtype
-        pixels = (faces.to(self.device).float() / 255.0 - 0.5) / 0.5
-        masked_latents, reference_latents = self._encode(
-            [(pixels * job.mask).to(dtype), pixels.to(dtype)]
-        )
-        side = masked_latents.shape[-1]
+        masked_latents, reference_latents = self._draw(prepared.moments)
+        frames, side = len(prepared.pixels), masked_latents.shape[-1]
         small_mask = torch.nn.functional.interpolate(job.mask[None], size=(side, side))
-        small_mask = small_mask.unsqueeze(2).expand(1, 1, len(faces), side, side)
+        small_mask = small_mask.unsqueeze(2).expand(1, 1, frames, side, side)
         fixed = torch.cat([small_mask.to(dtype), masked_latents, reference_latents], dim=1)
         audio = audio.to(device=self.device, dtype=dtype)
         if job.guided:
             fixed = torch.cat([fixed, fixed])
             audio = torch.cat([torch.zeros_like(audio), audio])
         has_audio = self.unet.config.add_audio_layer
-        return Conditions(audio if has_audio else None, fixed, pixels)
+        return Conditions(audio if has_audio else None, fixed)
 
-    def _encode(self, pictures: list[Tensor]) -> list[Tensor]:
-        """Each (f, 3, R, R) in [-1, 1] to scaled latents (1, 4, f, h, w)."""
+    def _moments(self, pictures: list[Tensor]) -> list[Tensor]:
+        """Each (f, 3, R, R) in [-1, 1] to the parameters (f, 8, h, w) of its posterior."""
         if self.joint_encoding:
-            moments = self.vae.encode(torch.cat(pictures)).latent_dist.parameters
-            posteriors = [
-                DiagonalGaussianDistribution(part) for part in moments.chunk(len(pictures))
-            ]
-        else:
-            posteriors = [self.vae.encode(pixels).latent_dist for pixels in pictures]
+            moments: Tensor = self.vae.encode(torch.cat(pictures)).latent_dist.parameters
+            return list(moments.chunk(len(pictures)))
+        return [self.vae.encode(pixels).latent_dist.parameters for pixels in pictures]
+
+    def _draw(self, moments: list[Tensor]) -> list[Tensor]:
+        """Scaled latents (1, 4, f, h, w) from each posterior."""
         # One draw a picture set, in order: which numbers a frame gets is part of the result.
-        draws: list[Tensor] = [posterior.sample(self.job.generator) for posterior in posteriors]
+        draws: list[Tensor] = [
+            DiagonalGaussianDistribution(each).sample(self.job.generator) for each in moments
+        ]
         shift = self.vae.config.shift_factor or 0.0
         factor = self.vae.config.scaling_factor
         return [((draw - shift) * factor).transpose(0, 1).unsqueeze(0) for draw in draws]
@@ -174,7 +205,8 @@ class ChunkSynthesizer:
         accepted = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in offered.items() if name in accepted}
 
-    def _decode(self, latents: Tensor, pixels: Tensor) -> Tensor:
+    @torch.no_grad()
+    def decode(self, latents: Tensor, pixels: Tensor) -> Tensor:
         """Latents (1, 4, f, h, w) to faces (f, 3, R, R) in [-1, 1], surroundings pasted back."""
         mask = self.job.mask
         shift = self.vae.config.shift_factor or 0.0
