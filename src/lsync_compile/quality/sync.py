@@ -31,7 +31,7 @@ _SHARPNESS = 12.0
 # far in real speech.
 _LIP_WEIGHT = 2.7
 
-_BAND = (800.0, 3000.0)  # Hz
+SPEECH_BAND = (800.0, 3000.0)  # Hz
 _WINDOW = 0.08  # s
 
 # Speech moves a mouth 2 to 8 times a second; what is slower is pose and smile, and is taken out.
@@ -89,18 +89,26 @@ def mouth_opening(faces: Tensor | Iterable[Tensor]) -> Array:
     return np.concatenate(openings) if openings else np.zeros(0)
 
 
-def sound_energy(samples: npt.ArrayLike, frames: int, *, sample_rate: int, fps: float) -> Array:
+def sound_energy(
+    samples: npt.ArrayLike,
+    frames: int,
+    *,
+    sample_rate: int,
+    fps: float,
+    band: tuple[float, float] = SPEECH_BAND,
+) -> Array:
     """Level of the sound around the middle of each video frame: (frames,) float64.
 
-    Root mean square between 800 and 3000 Hz in a Hann window of 80 ms: there lie the formants that
-    an open mouth lets out, and neither the hum of a closed one nor the hiss of consonants. Silence
-    is appended to a sound that is too short.
+    Root mean square in a Hann window of 80 ms, by default between 800 and 3000 Hz: there lie the
+    formants that an open mouth lets out, and neither the hum of a closed one nor the hiss of
+    consonants. Silence is appended to a sound that is too short.
 
     Args:
         samples: (n,) mono.
         frames: how many frames.
         sample_rate: of the samples, at least 6000 Hz.
         fps: frames a second.
+        band: lowest and highest frequency in Hz.
     """
     length = round(_WINDOW * sample_rate)
     starts = np.round((np.arange(frames) + 0.5) * sample_rate / fps).astype(int)
@@ -109,7 +117,7 @@ def sound_energy(samples: npt.ArrayLike, frames: int, *, sample_rate: int, fps: 
     sound = np.pad(sound, (before, after))
     spectrum = np.fft.rfft(sound)
     frequency = np.fft.rfftfreq(len(sound), 1 / sample_rate)
-    spectrum[(frequency < _BAND[0]) | (frequency > _BAND[1])] = 0
+    spectrum[(frequency < band[0]) | (frequency > band[1])] = 0
     sound = np.fft.irfft(spectrum, len(sound))
     window = np.hanning(length + 2)[1:-1]
     window /= window.sum()
