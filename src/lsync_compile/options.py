@@ -7,22 +7,36 @@ documentation are made.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lsync_compile.errors import OptionError
+from lsync_compile.option_checks import check, listed
+from lsync_compile.option_checks import nearest as nearest
 
 # What a preset changes against the defaults below. No approximate optimisation exists yet, so
 # the three are equal; `preset_note` says so in every report until one differs.
 PRESETS: dict[str, dict[str, Any]] = {"exact": {}, "balanced": {}, "turbo": {}}
 
 
-def _about(help: str, *, choices: tuple[str, ...] = (), rebuild: bool = True) -> dict[str, Any]:
-    """A field's documentation; ``rebuild``: a change means compiling anew."""
-    return {"help": help, "choices": choices, "rebuild": rebuild}
+def _about(
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    between: tuple[float, float] | None = None,
+    rebuild: bool = True,
+) -> dict[str, Any]:
+    """A field's documentation.
+
+    Args:
+        help: one sentence for the table.
+        choices: the allowed names.
+        between: the smallest and the largest allowed number, for fields that are numbers.
+        rebuild: whether a change means compiling anew.
+    """
+    return {"help": help, "choices": choices, "between": between, "rebuild": rebuild}
 
 
 @dataclass(frozen=True)
@@ -151,6 +165,88 @@ class Options:
             "by timing them."
         ),
     )
+    deep_cache: bool = field(
+        default=False,
+        metadata=_about(
+            "Approximate: in some steps of a chunk, take the deep features of an earlier step and "
+            "compute the outermost layers alone."
+        ),
+    )
+    deep_cache_branch: int = field(
+        default=0,
+        metadata=_about(
+            "Skip join at which deep features enter, from the outside: 0 computes least and is "
+            "the DeepCache package's branch 0.",
+            between=(0, 99),
+        ),
+    )
+    deep_cache_schedule: str = field(
+        default="interval",
+        metadata=_about(
+            "Which steps compute deep features: every `deep_cache_interval`-th, or those that "
+            "`lsync calibrate` found for this checkpoint.",
+            choices=("interval", "calibrated"),
+            rebuild=False,
+        ),
+    )
+    deep_cache_interval: int = field(
+        default=3,
+        metadata=_about(
+            "Of how many steps one computes deep features; 1 computes all.",
+            between=(1, 1000),
+            rebuild=False,
+        ),
+    )
+    deep_cache_head: int = field(
+        default=1,
+        metadata=_about(
+            "First steps of a chunk that all compute deep features.",
+            between=(1, 1000),
+            rebuild=False,
+        ),
+    )
+    deep_cache_tail: int = field(
+        default=0,
+        metadata=_about(
+            "Last steps of a chunk that all compute deep features.",
+            between=(0, 1000),
+            rebuild=False,
+        ),
+    )
+    deep_cache_steps: tuple[int, ...] | None = field(
+        default=None,
+        metadata=_about(
+            "The steps, from 0, that compute deep features, in place of a schedule; 0 always does.",
+            rebuild=False,
+        ),
+    )
+    deep_cache_predictor: str = field(
+        default="reuse",
+        metadata=_about(
+            "What stands for deep features that are not computed: the last ones, or the line or "
+            "the parabola through the last two or three.",
+            choices=("reuse", "linear", "quadratic"),
+            rebuild=False,
+        ),
+    )
+    deep_cache_blend: float = field(
+        default=0.0,
+        metadata=_about(
+            "Share of the predicted features that is mixed into computed ones before they are "
+            "kept.",
+            between=(0.0, 1.0),
+            rebuild=False,
+        ),
+    )
+    deep_cache_similarity: float = field(
+        default=0.0,
+        metadata=_about(
+            "Compute a step where the last two computed features are less alike than this "
+            "(cosine); 0 does not look, and the host never waits for the device.",
+            between=(0.0, 1.0),
+            rebuild=False,
+        ),
+    )
     inductor: Mapping[str, Any] = field(
         default_factory=dict,
         hash=False,
@@ -170,7 +266,12 @@ class Options:
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            checked = _check(spec.name, getattr(self, spec.name), spec.metadata["choices"])
+            checked = check(
+                spec.name,
+                getattr(self, spec.name),
+                spec.metadata["choices"],
+                spec.metadata["between"],
+            )
             object.__setattr__(self, spec.name, checked)
 
     def to_dict(self) -> dict[str, Any]:
@@ -224,10 +325,10 @@ def resolve_options(
     if mode is not None and mode != "default":
         if mode not in PRESETS:
             hint = nearest(str(mode), PRESETS)
-            raise OptionError(f"unknown mode {mode!r}{hint}; modes are {_listed(PRESETS)}")
+            raise OptionError(f"unknown mode {mode!r}{hint}; modes are {listed(PRESETS)}")
         if given.setdefault("preset", mode) != mode:
             raise OptionError(f"mode {mode!r} contradicts the option preset={given['preset']!r}")
-    preset = _check("preset", given.pop("preset", default_preset), tuple(PRESETS))
+    preset = check("preset", given.pop("preset", default_preset), tuple(PRESETS))
     return Options(preset=preset, **{**PRESETS[preset], **given})
 
 
@@ -246,7 +347,8 @@ def options_table() -> str:
     ]
     for spec in fields(Options):
         choices = spec.metadata["choices"]
-        values = ", ".join(f"`{choice}`" for choice in choices) or _kind(spec.name)
+        values = ", ".join(f"`{choice}`" for choice in choices)
+        values = values or _kind(spec.name, spec.metadata["between"])
         default = spec.default if spec.default is not MISSING else {}
         rebuild = "yes" if spec.metadata["rebuild"] else "no"
         lines.append(
@@ -255,49 +357,11 @@ def options_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` where a known name is close, else the empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)
-
-
-def _kind(name: str) -> str:
+def _kind(name: str, between: tuple[float, float] | None) -> str:
+    if between is not None:
+        return f"{between[0]} to {between[1]}"
     if name == "inductor":
         return "mapping"
+    if name == "deep_cache_steps":
+        return "steps"
     return "path" if name == "dump_dir" else "`True`, `False`"
-
-
-def _check(name: str, value: Any, choices: tuple[str, ...]) -> Any:
-    """The value, normalised, or an error that names the option and what it takes."""
-    if choices:
-        if value not in choices:
-            hint = nearest(str(value), choices)
-            raise OptionError(f"option {name}={value!r}{hint}; allowed are {_listed(choices)}")
-        return value
-    if name == "dump_dir":
-        if value is not None and not isinstance(value, (str, Path)):
-            raise OptionError(f"option dump_dir={value!r} must be a path")
-        return None if value is None else Path(value)
-    if name == "inductor":
-        return _check_inductor(value)
-    if not isinstance(value, bool):
-        raise OptionError(f"option {name}={value!r} must be True or False")
-    return value
-
-
-def _check_inductor(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise OptionError(f"option inductor={value!r} must be a mapping of Inductor settings")
-    if value:
-        import torch._inductor  # slow to import, and rarely needed here
-
-        known = torch._inductor.list_options()
-        for key in value:
-            if key not in known:
-                hint = nearest(str(key), known)
-                raise OptionError(f"option inductor: unknown setting {key!r}{hint}")
-    return dict(value)

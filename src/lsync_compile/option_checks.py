@@ -1,0 +1,82 @@
+"""Checks of option values, each with an error that names the option and what it takes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lsync_compile.errors import OptionError
+
+
+def check(
+    name: str,
+    value: Any,
+    choices: tuple[str, ...],
+    between: tuple[float, float] | None = None,
+) -> Any:
+    """The value, normalised, or an error that names the option and what it takes."""
+    if between is not None:
+        return _check_number(name, value, *between)
+    if choices:
+        if value not in choices:
+            hint = nearest(str(value), choices)
+            raise OptionError(f"option {name}={value!r}{hint}; allowed are {listed(choices)}")
+        return value
+    if name == "dump_dir":
+        if value is not None and not isinstance(value, (str, Path)):
+            raise OptionError(f"option dump_dir={value!r} must be a path")
+        return None if value is None else Path(value)
+    if name == "inductor":
+        return _check_inductor(value)
+    if name == "deep_cache_steps":
+        return _check_steps(name, value)
+    if not isinstance(value, bool):
+        raise OptionError(f"option {name}={value!r} must be True or False")
+    return value
+
+
+def _check_number(name: str, value: Any, least: float, most: float) -> int | float:
+    """A number of the type of the bounds."""
+    whole = isinstance(least, int)
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        kind = "a whole number" if whole else "a number"
+        raise OptionError(f"option {name}={value!r} must be {kind} from {least} to {most}")
+    return int(value) if whole else float(value)
+
+
+def _check_steps(name: str, value: Any) -> tuple[int, ...] | None:
+    """Step numbers in order, each once, 0 among them."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not all(type(each) is int for each in value):
+        raise OptionError(f"option {name}={value!r} must be a list of steps, such as [0, 4, 9]")
+    if any(each < 0 for each in value):
+        raise OptionError(f"option {name}={value!r}: steps are counted from 0")
+    return tuple(sorted({0, *value}))
+
+
+def _check_inductor(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"option inductor={value!r} must be a mapping of Inductor settings")
+    if value:
+        import torch._inductor  # slow to import, and rarely needed here
+
+        known = torch._inductor.list_options()
+        for key in value:
+            if key not in known:
+                hint = nearest(str(key), known)
+                raise OptionError(f"option inductor: unknown setting {key!r}{hint}")
+    return dict(value)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` where a known name is close, else the empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
