@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -20,12 +21,15 @@ from torch.fx import GraphModule
 
 from lsync_compile.errors import CompileError
 from lsync_compile.graph.copying import copy_graph
+from lsync_compile.graph.deep_cache import CACHED, DeepCut, mark_joins
 from lsync_compile.graph.staging import Staging, cut, why_not
 from lsync_compile.lowering import get_lowering
 from lsync_compile.lowering.base import GraphFunction
 from lsync_compile.lowering.cuda_graph import capturing
+from lsync_compile.lowering.deep_cache import deep_cache_unet, deep_cut, wanted
 from lsync_compile.lowering.staged import (
     MainResults,
+    empty_like,
     enabled_stages,
     main_inputs,
     main_results,
@@ -38,6 +42,7 @@ from lsync_compile.passes.manager import PassManager
 from lsync_compile.progress import Compiling, announced, typical_seconds
 from lsync_compile.report import GraphRecord, Kind, Session, format_pass
 from lsync_compile.runtime.context import Terms
+from lsync_compile.runtime.deep_cache import DeepCacheUNet
 from lsync_compile.runtime.staged import StagedCall
 
 log = logging.getLogger(__name__)
@@ -89,7 +94,7 @@ class GraphCompiler:
         self.terms = terms or Terms()
         self._variant = variant
         self._seen: dict[int, set[str]] = {}
-        self._staged: WeakSet[StagedCall] = WeakSet()
+        self._keeping: WeakSet[StagedCall | DeepCacheUNet] = WeakSet()
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> GraphFunction:
         """What runs in the graph's place. Called by dynamo, under its lock.
@@ -114,7 +119,7 @@ class GraphCompiler:
 
     def release(self) -> None:
         """Drop what its graphs keep between calls. Dynamo may hold the graphs longer than we."""
-        for call in self._staged:
+        for call in self._keeping:
             call.forget()
 
     def _compile(
@@ -123,13 +128,46 @@ class GraphCompiler:
         self._rewrite(gm, record)
         staging = self._stage(gm, record)
         if staging is None:
-            return self._lower(gm, example_inputs, record)
+            return self._lower_main(gm, example_inputs, record)
         inputs = main_inputs(staging, example_inputs)
-        main = self._lower(staging.main.gm, inputs, record, main_results(staging, example_inputs))
+        results = main_results(staging, example_inputs)
+        main = self._lower_main(staging.main.gm, inputs, record, results)
         count = self.session.count_stage
         call = staged_call(staging, main, record.stages, count)
-        self._staged.add(call)
+        self._keeping.add(call)
         return call
+
+    def _lower_main(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        record: GraphRecord,
+        results: MainResults = MainResults(),  # noqa: B008  frozen
+    ) -> GraphFunction:
+        """Lower what runs in each step: whole, or in two for steps that reuse deep features."""
+        made = self._deep_cut(gm, record)
+        if made is None:
+            return self._lower(gm, example_inputs, record, results)
+        full = self._lower(made.full, example_inputs, record, results)
+        assert record.deep_cache is not None  # made with the cut
+        part = replace(record, name=f"{record.name}.shallow", lowering_seconds=0.0, capture=None)
+        inputs = [*example_inputs, empty_like(made.features, example_inputs)]
+        results = replace(results, kept=results.kept | {CACHED})
+        shallow = self._lower(made.shallow, inputs, part, results)
+        record.lowering_seconds += part.lowering_seconds
+        record.deep_cache.capture = part.capture
+        call = deep_cache_unet(made, full, shallow, self.session, record)
+        self._keeping.add(call)
+        return call
+
+    def _deep_cut(self, gm: GraphModule, record: GraphRecord) -> DeepCut | None:
+        """Cut a UNet where its deep features may be reused; None where that is not wanted."""
+        if not wanted(self.session.options, self.target):
+            return None
+        try:
+            return deep_cut(gm, self.session.options, self.terms, record)
+        except PASS_ERRORS as error:
+            raise Failure("deep cache", error) from error
 
     def _stage(self, gm: GraphModule, record: GraphRecord) -> Staging | None:
         """Cut off what need not run in each call; None where nothing is to be gained."""
@@ -172,6 +210,8 @@ class GraphCompiler:
     def _rewrite(self, gm: GraphModule, record: GraphRecord) -> None:
         started = time.perf_counter()
         try:
+            if wanted(self.session.options, self.target):
+                mark_joins(gm.graph)
             manager = PassManager(self.session.options)
             record.passes = manager.run(gm, self.target, record.name, self.terms.vouched)
         except PASS_ERRORS as error:
@@ -188,7 +228,7 @@ class GraphCompiler:
         if self.session.options.strict:
             raise CompileError(f"graph {record.name}: {cause}") from failure.error
         record.lowering, record.fallback = "eager", cause
-        record.nodes_out, record.stages = record.nodes_in, []
+        record.nodes_out, record.stages, record.deep_cache = record.nodes_in, [], None
         if self.session.note(f"{self.target} runs eagerly; {cause}"):
             log.warning("%s runs eagerly, not compiled: %s", record.name, cause)
         log.debug("%s", record.name, exc_info=failure.error)

@@ -26,7 +26,14 @@ from lsync_compile.graph.census import Census, census
 from lsync_compile.graph.skips import skip_joins
 from lsync_compile.lowering.base import GraphFunction
 from lsync_compile.options import Options, resolve_options
-from lsync_compile.report import GraphRecord, Report, Session, format_pass, format_stage
+from lsync_compile.report import (
+    GraphRecord,
+    Report,
+    Session,
+    format_deep_cache,
+    format_pass,
+    format_stage,
+)
 from lsync_compile.runtime.context import Terms
 from lsync_compile.targets import TensorShape, own_call
 
@@ -149,7 +156,8 @@ class _Explainer(GraphCompiler):
     ) -> GraphFunction:
         before = census(gm)
         self._rewrite(gm, record)
-        self._stage(gm, record)
+        staging = self._stage(gm, record)
+        self._deep_cut(gm if staging is None else staging.main.gm, record)
         record.lowering = f"{self.session.options.lowering} (not run)"
         return self._explained(gm, record, before)
 
@@ -225,6 +233,11 @@ def format_explanation(explanation: Explanation) -> str:
             *([f"    not compiled: {record.fallback}"] if record.fallback else []),
             *(f"    pass {format_pass(done)}" for done in record.passes),
             *(f"    {format_stage(stage, ran=False)}" for stage in record.stages),
+            *(
+                [f"    {format_deep_cache(record.deep_cache, ran=False)}"]
+                if record.deep_cache is not None
+                else []
+            ),
             *([f"    in one piece: {record.unstaged}"] if record.unstaged else []),
         ]
         total = max(graph.after.flops, 1)

@@ -103,6 +103,33 @@ class TimeRecord:
 
 
 @dataclass
+class DeepCacheRecord:
+    """A UNet that takes deep features as known in some steps.
+
+    Attributes:
+        branch: the skip join at which they enter, from the outside.
+        reason: why the graph stays whole; empty where it is cut.
+        operations: nodes of the full graph.
+        shallow_operations: nodes of the shallow graph.
+        bytes: memory that the features of one step take.
+        computed: calls that computed them.
+        reused: calls that did not.
+        unlike: calls that computed them only because they had changed too much.
+        capture: the shallow graph's CUDA graph; the full one's is the graph's own.
+    """
+
+    branch: int
+    reason: str = ""
+    operations: int = 0
+    shallow_operations: int = 0
+    bytes: int = 0
+    computed: int = 0
+    reused: int = 0
+    unlike: int = 0
+    capture: CaptureRecord | None = None
+
+
+@dataclass
 class GraphRecord:
     """One captured graph of one shape.
 
@@ -121,6 +148,7 @@ class GraphRecord:
         stages: parts that do not run in each call.
         unstaged: why there are none; empty where there are, or nothing is to be gained.
         capture: its CUDA graph; None on devices without, or with the option off.
+        deep_cache: what is reused of it from step to step; None with the option off.
     """
 
     name: str
@@ -140,6 +168,7 @@ class GraphRecord:
     stages: list[StageRecord] = field(default_factory=list)
     unstaged: str = ""
     capture: CaptureRecord | None = None
+    deep_cache: DeepCacheRecord | None = None
 
 
 @dataclass
@@ -228,6 +257,11 @@ class Session:
             else:
                 record.reused += 1
 
+    def count_features(self, record: DeepCacheRecord, event: str) -> None:
+        """Add one to the counter of this name."""
+        with self.lock:
+            setattr(record, event, getattr(record, event) + 1)
+
     def count_run(self) -> None:
         with self.lock:
             self._runs += 1
@@ -297,6 +331,8 @@ def format_report(report: Report) -> str:
         )
         lines.extend(f"    {format_pass(done)}" for done in graph.passes)
         lines.extend(f"    {format_stage(stage)}" for stage in graph.stages)
+        if graph.deep_cache is not None:
+            lines.append(f"    {format_deep_cache(graph.deep_cache)}")
         if graph.unstaged:
             lines.append(f"    in one piece: {graph.unstaged}")
         if graph.capture is not None:
@@ -332,6 +368,24 @@ def format_capture(record: CaptureRecord) -> str:
         f"{readable(record.pool_bytes)} in its pool, inputs {readable(record.static_bytes)}; "
         f"{record.seconds:.2f} s"
     )
+
+
+def format_deep_cache(record: DeepCacheRecord, *, ran: bool = True) -> str:
+    """One line: how much of the graph is spared and, where it ran, how often."""
+    if record.reason:
+        return f"deep cache: none ({record.reason})"
+    line = (
+        f"deep cache: branch {record.branch}, {record.shallow_operations} of "
+        f"{_count(record.operations, 'operation')} without deep features "
+        f"({readable(record.bytes)})"
+    )
+    if not ran:
+        return line
+    line += f", computed {record.computed}, reused {record.reused}"
+    if record.unlike:
+        line += f", {record.unlike} computed for lack of similarity"
+    capture = record.capture
+    return line if capture is None else f"{line}; CUDA graph: {format_capture(capture)}"
 
 
 def format_stage(record: StageRecord, *, ran: bool = True) -> str:

@@ -52,9 +52,8 @@ def stage_records(staging: Staging) -> list[StageRecord]:
 
 def main_inputs(staging: Staging, example_inputs: Sequence[Any]) -> list[Any]:
     """Example inputs of the main graph: those of the captured graph, and empty results."""
-    fake = any(isinstance(value, FakeTensor) for value in example_inputs)
     layouts = [value for graph in staging.stages.values() for value in graph.results]
-    values = [*example_inputs, *(value if fake else _empty(value) for value in layouts)]
+    values = [*example_inputs, *(empty_like(layout, example_inputs) for layout in layouts)]
     return [values[index] for index in staging.main.inputs]
 
 
@@ -125,7 +124,10 @@ def _in_eager(graph: StageGraph) -> Callable[..., Sequence[Tensor]]:
     return forward
 
 
-def _empty(layout: Tensor) -> Tensor:
+def empty_like(layout: Tensor, example_inputs: Sequence[Any]) -> Tensor:
+    """An example of a value that comes beside these: real, or fake as they are."""
+    if any(isinstance(value, FakeTensor) for value in example_inputs):
+        return layout
     return torch.empty_strided(
         layout.shape, layout.stride(), dtype=layout.dtype, device=layout.device
     )

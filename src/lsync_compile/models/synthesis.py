@@ -185,7 +185,13 @@ class ChunkSynthesizer:
             sample = torch.cat([sample, sample]) if job.guided else sample
             sample = torch.cat([sample, conditions.fixed], dim=1)
             with step_context(
-                self.run, chunk, step, len(values), timestep=values[step], vouched=vouched
+                self.run,
+                chunk,
+                step,
+                len(values),
+                "reuse",
+                timestep=values[step],
+                vouched=vouched,
             ):
                 noise = self.unet(
                     sample, on_device[step], encoder_hidden_states=conditions.audio

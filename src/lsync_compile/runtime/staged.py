@@ -225,7 +225,7 @@ def _run(stage: StageFunction | None, values: Sequence[Any]) -> Results:
         return ()
     stage.count(computed=True)
     results = stage.call(*_picker(stage.inputs)(values))
-    return tuple(map(_as_planned, results, stage.layouts))
+    return tuple(map(as_planned, results, stage.layouts))
 
 
 def _at_home(results: Results, held: Results) -> Results:
@@ -240,7 +240,7 @@ def _at_home(results: Results, held: Results) -> Results:
     return held
 
 
-def _as_planned(result: Tensor, layout: Tensor) -> Tensor:
+def as_planned(result: Tensor, layout: Tensor) -> Tensor:
     """The main graph is compiled for these strides; a kernel may have chosen others."""
     if result.stride() == layout.stride():
         return result
