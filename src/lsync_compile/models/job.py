@@ -17,6 +17,7 @@ from torch import Tensor
 from lsync_compile.errors import OptionError
 from lsync_compile.media.faces import Frame
 from lsync_compile.media.tracking import FaceTracker
+from lsync_compile.report import Session
 
 SAMPLE_RATE = 16_000  # Hz; what the audio encoders are trained on
 StepCallback = Callable[[int, Any, Tensor], None]
@@ -83,6 +84,7 @@ class Job:
     callback_steps: int
     progress: ProgressCallback | None
     tracker: FaceTracker
+    session: Session | None = None  # of the compiled pipeline; None runs as the arguments say
 
     @property
     def guided(self) -> bool:

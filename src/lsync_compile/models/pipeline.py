@@ -49,6 +49,7 @@ from lsync_compile.models.scheduler import default_scheduler
 from lsync_compile.models.synthesis import ChunkSynthesizer, example_inputs, vouched_inputs
 from lsync_compile.models.unet import UNet3DConditionModel
 from lsync_compile.runtime.context import Terms
+from lsync_compile.runtime.running import current_session
 
 
 class LatentSyncPipeline(DiffusionPipeline):
@@ -317,6 +318,7 @@ class LatentSyncPipeline(DiffusionPipeline):
             callback_steps=callback_steps,
             progress=progress,
             tracker=FaceTracker(self.detector, resolution, on_missing_face),
+            session=current_session(),
         )
 
     def _run(self, job: Job) -> Iterator[ChunkResult]:
