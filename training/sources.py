@@ -19,6 +19,8 @@ from training.speech import SpeechSampler
 from training.synthetic import FaceSampler
 
 SAMPLES = 640  # samples of sound a frame: 16 kHz at 25 frames/s
+# Share of the clips whose surroundings say something else than the mouth does.
+SURROUNDED = 0.7
 CONTEXT = 16  # frames of sound before and after a chunk; the sound encoder sees 9 of them
 
 
@@ -115,19 +117,19 @@ class ClipMaker:
     def recorded(self, take: Recording, length: int) -> Clips:
         """A varied part of a recording.
 
-        Real takes are played at another speed. In two of five, the upper face is from another
-        time than the mouth: whoever knows the frame by its eyes would otherwise know the mouth
-        without listening. In two of five, other words are spoken, as loud as the true ones:
-        whoever knows the words by heart would know the mouth without having learned what
-        opens one.
+        Real takes are played at another speed. In most, what surrounds the mouth is from another
+        time: whoever knows the frame by its eyes, or sees the chin drop below the mask, would
+        otherwise know the mouth without listening. In two of five, other words are spoken, as
+        loud as the true ones: whoever knows the words by heart would know the mouth without
+        having learned what opens one.
         """
         real = take.kind == "real"
         tempo = float(torch.empty(1).uniform_(0.8, 1.2)) if real else 1.0
         tempo = min(tempo, (take.train - 1) / length)
         start = int(torch.randint(take.train - math.ceil(length * tempo) + 1, (1,)))
         frames, sound = at_tempo(take, start, length, tempo)
-        if real and float(torch.rand(1)) < 0.4:
-            frames = self._exchange_upper_face(take, frames)
+        if real and float(torch.rand(1)) < SURROUNDED:
+            frames = self._exchange_surroundings(take, frames)
         if real and float(torch.rand(1)) < 0.4:
             other = self._speech.batch(1, length, margin=CONTEXT).sound
             sound = borrow_voice(sound[None], other)[0]
@@ -136,10 +138,22 @@ class ClipMaker:
                 [frames, take.second.frames[start : start + length].float() / 127.5 - 1]
             )
         varied = jitter_colour(jitter_geometry(frames[None]))
-        other = varied[:, length:] if take.second is not None else None
-        return Clips(varied[:, :length], other, jitter_sound(sound[None]))
+        sound = jitter_sound(sound[None])
+        if take.second is None:
+            return Clips(varied, None, sound)
+        other = varied[:, length:]
+        return Clips(self._surround(varied[:, :length], other), other, sound)
 
-    def _exchange_upper_face(self, take: Recording, frames: Tensor) -> Tensor:
+    def _surround(self, clips: Tensor, other: Tensor) -> Tensor:
+        """Mouths of ``clips (n, L, 3, S, S)`` in frames of the same motion with another speech.
+
+        This is what a model meets: cheeks and chin outside the mask still say the old words. In
+        a clip of one piece they say the new ones, and a model that reads them need not listen.
+        """
+        chosen = torch.rand(len(clips), 1, 1, 1, 1, device=clips.device) < SURROUNDED
+        return torch.where(chosen, clips + (other - clips) * self._soft, clips)
+
+    def _exchange_surroundings(self, take: Recording, frames: Tensor) -> Tensor:
         """Put the lower faces of ``frames (L, 3, S, S)`` into the part that fits them best."""
         length = len(frames)
         starts = torch.randint(take.train - length + 1, (8,)).tolist()
@@ -162,7 +176,8 @@ class ClipMaker:
         both = torch.cat([frames, self._faces.render(people, motion)], dim=1)
         pixels = jitter_colour(self.resize(both), strength=0.5)
         pixels = jitter_geometry(pixels, strength=0.5)
-        return Clips(pixels[:, :length], pixels[:, length:], jitter_sound(said.sound))
+        heard, other = pixels[:, :length], pixels[:, length:]
+        return Clips(self._surround(heard, other), other, jitter_sound(said.sound))
 
     def resize(self, clips: Tensor) -> Tensor:
         """uint8 ``(n, L, 3, 256, 256)`` -> fp32 in [-1, 1] at the training size."""

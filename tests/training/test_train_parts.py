@@ -35,6 +35,8 @@ from training.sheet import contact_sheet
 from training.sources import (
     CONTEXT,
     SAMPLES,
+    SURROUNDED,
+    ClipMaker,
     Clips,
     Recording,
     at_tempo,
@@ -316,3 +318,16 @@ def test_terms_recorded_or_not_leave_gradients() -> None:
         assert float(weight.grad) == x  # not added to the last call's
         assert float(values["loss"]) == 2 * x
         assert not values["twice"].requires_grad
+
+
+def test_surroundings_say_something_else_than_the_mouth() -> None:
+    torch.manual_seed(0)
+    mask = torch.ones(1, 64, 64)
+    mask[:, 24:60, 8:56] = 0
+    maker = ClipMaker.__new__(ClipMaker)
+    maker._soft = soften(mask)
+    clips = maker._surround(torch.zeros(200, 2, 3, 64, 64), torch.ones(200, 2, 3, 64, 64))
+    around, mouth = clips[:, 0, 0, 2, 2], clips[:, 0, 0, 42, 32]
+    assert not mouth.any(), "the mouth is that of the speech"
+    assert set(around.tolist()) == {0.0, 1.0}
+    assert float(around.mean()) == pytest.approx(SURROUNDED, abs=0.12)
