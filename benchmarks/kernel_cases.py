@@ -45,6 +45,7 @@ def cases(
             ("group_norm_silu", "frames ", _group_norm_frames),
             ("group_norm_silu", "video ", _group_norm_video),
             ("geglu", "", _geglu),
+            ("linear_geglu", "", _linear_geglu),
             ("add_layer_norm", "", _add_layer_norm),
         )
     ]
@@ -122,6 +123,18 @@ def _group_norm_video(
 
 def _geglu(side: int, width: int, batch: int, frames: int) -> Callable[[Draw], tuple[Any, ...]]:
     return lambda draw: (draw(batch * frames, side * side, 8 * width),)
+
+
+def _linear_geglu(
+    side: int, width: int, batch: int, frames: int
+) -> Callable[[Draw], tuple[Any, ...]]:
+    """Weights as large as a network's, so that gates are neither all open nor all shut."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        x, weight = draw(batch * frames, side * side, width), draw(8 * width, width)
+        return x, weight * width**-0.5, draw(8 * width)
+
+    return arguments
 
 
 def _add_layer_norm(

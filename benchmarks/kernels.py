@@ -14,6 +14,7 @@ larger than the cache. No new Inductor variant or case starts once ``--budget`` 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import math
 import time
@@ -34,6 +35,8 @@ from lsync_compile.kernels.accuracy import error, exact, largest_error
 from lsync_compile.kernels.launch import runs_kernel
 from lsync_compile.kernels.spatial_attention_kernels import flash_attention, takes
 
+# The package's attribute of that name is the op.
+linear_geglu = importlib.import_module("lsync_compile.kernels.linear_geglu")
 CACHE = 50 * 2**20  # bytes of an H100's L2
 SMALL_LEVELS = ((8, 64), (4, 64))
 
@@ -76,6 +79,8 @@ def library(kernel: str, arguments: tuple[Any, ...]) -> list[Variant]:
         return [Variant("torch, contiguous", eager_group_norm, contiguous)]
     if kernel == "spatial_attention":
         return by_head(arguments)
+    if kernel == "linear_geglu":
+        return products(arguments)
     if kernel != "temporal_attention":
         return []
     total, tokens, channels = arguments[0].shape
@@ -100,6 +105,23 @@ def library(kernel: str, arguments: tuple[Any, ...]) -> list[Variant]:
             rearrange_back,
         )
         for backend in backends(arguments[0])
+    ]
+
+
+def products(arguments: tuple[Any, ...]) -> list[Variant]:
+    """Each of the ways that the op chooses from."""
+
+    def rows(x: Tensor, *rest: Any) -> tuple[Any, ...]:
+        return x.flatten(0, -2), *rest
+
+    def back(out: Tensor) -> Tensor:
+        return out.view(*arguments[0].shape[:-1], -1)
+
+    if not runs_kernel(arguments[0]):
+        return []
+    return [
+        Variant(name, linear_geglu.KERNELS[name], rows, back)
+        for name in linear_geglu.usable(*rows(*arguments))
     ]
 
 

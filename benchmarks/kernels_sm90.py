@@ -51,7 +51,7 @@ def row(label: str, launch: Launch, config: Config) -> dict[str, Any]:
     return {
         "kernel": launch.kernel.name,
         "case": label,
-        "config": {**config.blocks, "warps": config.warps},
+        "config": {**config.blocks, "warps": config.warps, "stages": config.stages},
         "registers": resources.registers,
         "spills": resources.spills,
         "shared": resources.shared,

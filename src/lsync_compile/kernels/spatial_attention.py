@@ -10,10 +10,7 @@ shape, and tensors stay ``(batch, tokens, heads*head_dim)``.
 
 from __future__ import annotations
 
-import logging
-import math
-import statistics
-import threading
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +21,10 @@ from torch.backends import cuda as backends
 
 from lsync_compile.errors import OptionError
 from lsync_compile.kernels import wide_attention
+from lsync_compile.kernels.fastest import fastest
 from lsync_compile.kernels.launch import recording, runs_kernel
 from lsync_compile.kernels.spatial_attention_kernels import flash_attention, takes
 from lsync_compile.kernels.spec import KernelSpec, Tolerance, register
-
-log = logging.getLogger(__name__)
 
 Attend = Callable[[Tensor, Tensor, Tensor, "float | None"], Tensor]
 
@@ -68,7 +64,6 @@ KERNELS: dict[str, Attend] = {
 """What to choose from, on ``(N, heads, L, head_dim)``."""
 
 _chosen: dict[Any, str] = {}
-_lock = threading.Lock()
 
 
 def spatial_attention_kernel(
@@ -94,15 +89,9 @@ def choice(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str:
             return "products"
         return "lsync" if takes(q, k, v, scale) else ""
     key = (q.device, q.dtype, *((x.shape, x.stride()) for x in (q, k, v)))
-    if key in _chosen or torch.cuda.is_current_stream_capturing():
-        return _chosen.get(key, "")
-    with _lock:
-        if key not in _chosen:
-            times = {name: _time(name, q, k, v, scale) for name in usable(q, k, v, scale)}
-            log.debug("attention %s: %s", tuple(q.shape), times)
-            best = min(times, key=lambda name: times[name], default="")
-            _chosen[key] = best if times.get(best, math.inf) < math.inf else ""
-    return _chosen[key]
+    names = () if key in _chosen else usable(q, k, v, scale)
+    calls = {name: functools.partial(KERNELS[name], q, k, v, scale) for name in names}
+    return fastest(_chosen, key, calls, q.device)
 
 
 def usable(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> list[str]:
@@ -118,29 +107,6 @@ def usable(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> list[
         "products": runs_kernel(q) and wide_attention.takes(q, k),
     }
     return [name for name, usable in can.items() if usable]
-
-
-def _time(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
-    """Milliseconds of one call; infinite where the kernel cannot run after all."""
-    attend = KERNELS[name]
-    try:
-        with torch.cuda.device(q.device):
-            for _ in range(3):
-                attend(q, k, v, scale)
-            rounds: list[float] = []
-            for _ in range(5):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(1_000_000)  # lets the host run ahead of short kernels
-                begin.record()
-                for _ in range(5):
-                    attend(q, k, v, scale)
-                end.record()
-                end.synchronize()
-                rounds.append(begin.elapsed_time(end) / 5)
-    except RuntimeError as error:  # how torch says that a backend does not take these tensors
-        log.info("attention %s: %s cannot run: %s", tuple(q.shape), name, error)
-        return math.inf
-    return statistics.median(rounds)
 
 
 def spatial_attention_reference(

@@ -47,7 +47,7 @@ class FuseGeglu(KernelPass):
     def rewrite(self, gm: GraphModule, context: PassContext) -> int:
         matches = 0
         for node in list(gm.graph.nodes):
-            hidden = _gated(node)
+            hidden = gated(node)
             if hidden is not None and self.takes(hidden, context):
                 with gm.graph.inserting_before(node):
                     replace(node, call(gm.graph, OP, hidden, like=node))
@@ -56,7 +56,7 @@ class FuseGeglu(KernelPass):
         return matches
 
 
-def _gated(product: Node) -> Node | None:
+def gated(product: Node) -> Node | None:
     """``h`` where the node is ``h[..., :C] * gelu(h[..., C:])``."""
     factors = operands(product, MULTIPLY)
     if factors is None:
