@@ -47,6 +47,7 @@ def cases(
             ("geglu", "", _geglu),
             ("linear_geglu", "", _linear_geglu),
             ("add_layer_norm", "", _add_layer_norm),
+            ("layer_norm", "", _layer_norm),
         )
     ]
     if levels == LEVELS:
@@ -144,5 +145,17 @@ def _add_layer_norm(
         shape = (batch * frames, side * side, width)
         x, residual, weight, bias = draw(*shape), draw(*shape), draw(width), draw(width)
         return x, residual, weight, bias, 1e-5, draw(frames, width)
+
+    return arguments
+
+
+def _layer_norm(
+    side: int, width: int, batch: int, frames: int
+) -> Callable[[Draw], tuple[Any, ...]]:
+    """The first norm of a motion module."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        x, weight, bias = draw(batch * frames, side * side, width), draw(width), draw(width)
+        return x, weight, bias, 1e-5, draw(frames, width)
 
     return arguments

@@ -116,6 +116,10 @@ class Options:
         default=True,
         metadata=_about("Pass: residual sums with the layer norm after them in one kernel."),
     )
+    fuse_layer_norm: bool = field(
+        default=False,
+        metadata=_about("Pass: layer norms that no sum precedes in one kernel."),
+    )
     channels_last: bool = field(
         default=True,
         metadata=_about("Pass: images and videos with their channels together in memory."),

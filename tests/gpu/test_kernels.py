@@ -12,6 +12,8 @@ from lsync_compile.kernels import (
     add_layer_norm,
     geglu,
     group_norm_silu,
+    layer_norm,
+    linear_geglu,
     registered,
     temporal_attention,
 )
@@ -192,6 +194,13 @@ def test_add_layer_norm(draw, side, width):
 # Elsewhere one configuration has to do: each is compiled for each dtype and size.
 
 
+@pytest.mark.parametrize(("side", "width"), LEVELS)
+def test_layer_norm(draw, side, width):
+    x, (weight, bias) = draw(BATCH * FRAMES, side * side, width), draw(2, width)
+    for position in (None, draw(FRAMES, width)):
+        judge("layer_norm", x, weight, bias, 1e-5, position)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_other_dtypes(draw, untuned, dtype):
     q, k, v = draw(BATCH * FRAMES, 1024, 3 * 640, dtype=dtype).chunk(3, dim=2)
@@ -201,6 +210,7 @@ def test_other_dtypes(draw, untuned, dtype):
     weight, bias = draw(2, 640, dtype=dtype)
     position, shift = draw(FRAMES, 640, dtype=dtype), draw(BATCH, 640, dtype=dtype)
     judge("add_layer_norm", x, residual, weight, bias, 1e-5, position)
+    judge("layer_norm", x, weight, bias, 1e-5, position)
     video = x.view(BATCH, FRAMES, 32, 32, 640).movedim(-1, 1)
     judge("group_norm_silu", video, 32, weight, bias, 1e-5, True, shift)
     small = video.transpose(1, 2).flatten(0, 1)[..., :8, :8].contiguous()
@@ -254,6 +264,8 @@ def arguments(draw):
         group_norm_silu: (x.to(memory_format=torch.channels_last), 4, weight, bias),
         geglu: (draw(4, 64, 2 * 64),),
         add_layer_norm: (tokens, tokens * 2, weight, bias, 1e-5, draw(2, 64)),
+        layer_norm: (tokens, weight, bias, 1e-5, draw(2, 64)),
+        linear_geglu: (tokens, draw(128, 64) / 8, draw(128)),
     }
 
 

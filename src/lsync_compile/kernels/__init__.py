@@ -9,6 +9,7 @@ from __future__ import annotations
 from lsync_compile.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from lsync_compile.kernels.geglu import geglu, geglu_reference
 from lsync_compile.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from lsync_compile.kernels.layer_norm import layer_norm, layer_norm_reference
 from lsync_compile.kernels.linear_geglu import linear_geglu, linear_geglu_reference
 from lsync_compile.kernels.spatial_attention import (
     spatial_attention,
@@ -30,6 +31,8 @@ __all__ = [
     "group_norm_silu",
     "group_norm_silu_reference",
     "kernels_table",
+    "layer_norm",
+    "layer_norm_reference",
     "linear_geglu",
     "linear_geglu_reference",
     "registered",

@@ -36,11 +36,11 @@ def _fits(config: Config, arguments: Mapping[str, Any]) -> bool:
 )
 def _add_layer_norm(
     x_ptr,  # (rows, CHANNELS), channels together
-    residual_ptr,  # like x
+    residual_ptr,  # like x, or none: x is the sum
     weight_ptr,  # (CHANNELS,)
     bias_ptr,  # (CHANNELS,)
     position_ptr,  # (frames, CHANNELS), contiguous, or none
-    total_ptr,  # (rows, CHANNELS), contiguous
+    total_ptr,  # (rows, CHANNELS), contiguous, or none
     normed_ptr,  # (rows, CHANNELS), contiguous
     rows,
     tokens,  # rows of one frame
@@ -59,14 +59,16 @@ def _add_layer_norm(
     inside = (first + row < rows) & across[None, :]
 
     x_at = x_ptr + first * stride_x + (row * stride_x + column[None, :])
-    residual_at = residual_ptr + first * stride_residual + (row * stride_residual + column[None, :])
     out_at = first * CHANNELS + (row * CHANNELS + column[None, :])
-    x = tl.load(x_at, inside, 0.0).to(tl.float32)
-    residual = tl.load(residual_at, inside, 0.0).to(tl.float32)
-    rounded = (x + residual).to(total_ptr.dtype.element_ty)
-    tl.store(total_ptr + out_at, rounded, inside)
+    total = tl.load(x_at, inside, 0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual_at = row * stride_residual + column[None, :]
+        residual_at = residual_ptr + first * stride_residual + residual_at
+        total += tl.load(residual_at, inside, 0.0).to(tl.float32)
+        rounded = total.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + out_at, rounded, inside)
+        total = rounded.to(tl.float32)
 
-    total = rounded.to(tl.float32)
     mean = tl.sum(total, 1)[:, None] / CHANNELS
     centred = tl.where(across[None, :], total - mean, 0.0)
     variance = tl.sum(centred * centred, 1)[:, None] / CHANNELS
@@ -89,21 +91,35 @@ def add_layer_norm_kernel(
     position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel on arguments that `add_layer_norm` accepts."""
-    total, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return total, normalise(x, (residual, total), weight, bias, eps, position)
+
+
+def normalise(
+    x: Tensor,
+    sum_of: tuple[Tensor, Tensor] | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    position: Tensor | None,
+) -> Tensor:
+    """Launch the kernel; ``sum_of``: what to add to ``x``, and where the sum goes."""
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     channels = x.shape[-1]
     tokens = x.shape[-2] if x.dim() > 1 else 1
-    flat, flat_residual = (_rows(t, channels) for t in (x, residual))
+    flat = _rows(x, channels)
+    residual, total = (None, None) if sum_of is None else (_rows(sum_of[0], channels), sum_of[1])
     rows = flat.shape[0]
     _add_layer_norm.launch(
         lambda blocks: (-(-rows // blocks["ROWS"]),),
-        flat, flat_residual, weight.contiguous(), bias.contiguous(),
+        flat, residual, weight.contiguous(), bias.contiguous(),
         None if position is None else position.contiguous(),
         total, normed, rows, tokens, 1 if position is None else position.shape[0],
-        flat.stride(0), flat_residual.stride(0), eps,
+        flat.stride(0), 0 if residual is None else residual.stride(0), eps,
         CHANNELS=channels,
         PADDED=1 << (channels - 1).bit_length(),
     )  # fmt: skip
-    return total, normed
+    return normed
 
 
 def _rows(x: Tensor, channels: int) -> Tensor:
@@ -121,12 +137,19 @@ def add_layer_norm_reference(
 ) -> tuple[Tensor, Tensor]:
     """The same with torch's layer norm."""
     total = x + residual
-    normed = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
-    if position is not None:
-        shape = normed.shape
-        normed = normed.unflatten(0, (-1, position.shape[0])) + position[:, None, :]
-        normed = normed.reshape(shape)
-    return total, normed
+    return total, norm_reference(total, weight, bias, eps, position)
+
+
+def norm_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, position: Tensor | None
+) -> Tensor:
+    """torch's layer norm, plus the encoding of each row's frame."""
+    normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if position is None:
+        return normed
+    shape = normed.shape
+    normed = normed.unflatten(0, (-1, position.shape[0])) + position[:, None, :]
+    return normed.reshape(shape)
 
 
 @torch.library.custom_op(
@@ -189,23 +212,25 @@ def _check(
             f"add_layer_norm: x is {tuple(x.shape)} {x.dtype}, but residual is "
             f"{tuple(residual.shape)} {residual.dtype}"
         )
+    check_norm("add_layer_norm", x, weight, bias, position)
+
+
+def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None) -> None:
+    """Whether the weights and the frames' encoding fit ``x``; raises OptionError."""
     channels = x.shape[-1]
     if channels > MAX_CHANNELS:
-        raise OptionError(f"add_layer_norm: {channels} channels are more than {MAX_CHANNELS}")
+        raise OptionError(f"{op}: {channels} channels are more than {MAX_CHANNELS}")
     if weight.shape != (channels,) or bias.shape != (channels,):
         raise OptionError(
-            f"add_layer_norm: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be "
-            f"({channels},)"
+            f"{op}: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({channels},)"
         )
     if position is None:
         return
     if position.dim() != 2 or position.shape[1] != channels:
-        raise OptionError(
-            f"add_layer_norm: position {tuple(position.shape)} must be (frames, {channels})"
-        )
+        raise OptionError(f"{op}: position {tuple(position.shape)} must be (frames, {channels})")
     if x.dim() != 3 or x.shape[0] % position.shape[0]:
         raise OptionError(
-            f"add_layer_norm: with {position.shape[0]} positions x must be (batch*"
+            f"{op}: with {position.shape[0]} positions x must be (batch*"
             f"{position.shape[0]}, tokens, channels), got {tuple(x.shape)}"
         )
 

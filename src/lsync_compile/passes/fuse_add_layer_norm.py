@@ -76,13 +76,13 @@ class FuseAddLayerNorm(KernelPass):
         return sum(self._fuse(node, context) for node in list(gm.graph.nodes))
 
     def _fuse(self, norm: Node, context: PassContext) -> bool:
-        total = _normalised(norm)
+        total = normalised(norm)
         terms = operands(total, ADD)
         if total is None or terms is None or not self.takes(total, context):
             return False
         weight, bias = argument(norm, 2, "weight"), argument(norm, 3, "bias")
         eps = argument(norm, 4, "eps", 1e-5)
-        position = _position(norm)
+        position = frames_added(norm)
         others = [user for user in total.users if user is not norm]
         if position is not None and any(user < position.last for user in others):
             position = None
@@ -103,7 +103,7 @@ class FuseAddLayerNorm(KernelPass):
         return True
 
 
-def _normalised(norm: Node) -> Node | None:
+def normalised(norm: Node) -> Node | None:
     """``t`` where the node is a layer norm of ``t`` over its last dimension, with weights."""
     if not calls(norm, F.layer_norm):
         return None
@@ -117,7 +117,7 @@ def _normalised(norm: Node) -> Node | None:
     return None if example(weight) is None or example(bias) is None else total
 
 
-def _position(norm: Node) -> Position | None:
+def frames_added(norm: Node) -> Position | None:
     """Cases 2 and 3."""
     value, user = example(norm), sole_user(norm)
     if value is None or value.dim() != 3 or user is None:
@@ -156,7 +156,7 @@ def _with_position(
 ) -> tuple[Node, Node]:
     """Insert the op for cases 2 and 3, and give the sum and the norm in the sum's shape."""
     graph, value = norm.graph, example(norm)
-    assert value is not None  # _position() has looked at it
+    assert value is not None  # frames_added() has looked at it
     channels = value.shape[2]
     table = call(graph, "reshape", position.table, position.frames, channels, like=norm)
     if position.rows_are_frames:
