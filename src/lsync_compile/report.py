@@ -257,7 +257,7 @@ class Session:
             else:
                 record.reused += 1
 
-    def count_features(self, record: DeepCacheRecord, event: str) -> None:
+    def count_deep_cache(self, record: DeepCacheRecord, event: str) -> None:
         """Add one to the counter of this name."""
         with self.lock:
             setattr(record, event, getattr(record, event) + 1)
@@ -304,11 +304,24 @@ class Session:
             name=self.name,
             options=self.options.to_dict(),
             graphs=graphs,
-            notes=[preset, *notes] if preset else notes,
+            notes=[*([preset] if preset else []), *notes, *_idle_caches(graphs)],
             runs=runs,
             features=features,
             times=times,
         )
+
+
+def _idle_caches(graphs: list[GraphRecord]) -> list[str]:
+    """A line for each cache that was there and did nothing."""
+    return [
+        f"{graph.name}: deep_cache never reused anything in {_count(cache.computed, 'call')}; "
+        "the runtime says no steps, or the schedule computes all of them"
+        for graph in graphs
+        if (cache := graph.deep_cache) is not None
+        and not cache.reason
+        and cache.computed > 1
+        and not cache.reused
+    ]
 
 
 def format_report(report: Report) -> str:

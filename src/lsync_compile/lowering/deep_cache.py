@@ -52,7 +52,7 @@ def deep_cache_unet(
     """What runs the two lowered graphs; reads the schedule from the session in each call."""
     noted = record.deep_cache
     assert noted is not None  # deep_cut made it
-    count: Callable[..., None] = functools.partial(session.count_features, noted)
+    count: Callable[..., None] = functools.partial(session.count_deep_cache, noted)
     return DeepCacheUNet(full, shallow, made.features, functools.partial(policy, session), count)
 
 
