@@ -125,7 +125,9 @@ class Steps:
             timestep, value = self.inputs["timestep"], float(self.inputs["timestep"])
         arguments = {**self.inputs, "timestep": timestep}
         with (
-            step_context(self.run, chunk, place, steps, timestep=value, vouched=self.vouched),
+            step_context(
+                self.run, chunk, place, steps, "reuse", timestep=value, vouched=self.vouched
+            ),
             torch.no_grad(),
         ):
             output: torch.Tensor = self.call(**arguments).sample

@@ -1,0 +1,77 @@
+"""The rows of the ablation: every approximate optimisation alone, at its settings, and together.
+
+A row is a way to run a pipeline. An optimisation adds its rows to a list of its own below and that
+list to :data:`ROWS`; ``ablation.py`` measures whatever is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run.
+
+    Attributes:
+        name: unique; what results are filed under.
+        options: of ``lsync_compile.compile`` on top of the preset ``exact``; None is the plain
+            pipeline.
+        steps: denoising steps a chunk.
+        solver: a key of ``lsync_compile.quality.runs.SOLVERS``.
+    """
+
+    name: str
+    options: dict[str, Any] | None = None
+    steps: int = 20
+    solver: str = "ddim"
+
+
+def deep(name: str, steps: int = 20, **options: Any) -> Row:
+    """A row of DeepCacheUNet; options without their prefix ``deep_cache_``."""
+    named = {f"deep_cache_{key}": value for key, value in options.items()}
+    return Row(name, {"deep_cache": True, **named}, steps)
+
+
+# What every optimisation has to beat: the same time by fewer steps.
+FEWER_STEPS = [Row(f"{count} steps", {}, count) for count in (15, 12, 10, 9, 8, 7, 6, 5, 4, 3)]
+
+# In the DeepCache package's way: every so many-th step, the last features as they are.
+PACKAGE = [
+    deep("DeepCache 2/0", interval=2),
+    deep("DeepCache 3/0", interval=3),
+    deep("DeepCache 5/0", interval=5),
+]
+
+DEEP_CACHE = [
+    deep("3/0 linear", interval=3, head=2, predictor="linear"),
+    deep("3/0 quadratic", interval=3, head=3, predictor="quadratic"),
+    deep("5/0 reuse, head 2", interval=5, head=2),
+    deep("5/0 linear", interval=5, head=2, predictor="linear"),
+    deep("5/0 linear, tail 1", interval=5, head=2, tail=1, predictor="linear"),
+    deep("5/0 quadratic", interval=5, head=3, predictor="quadratic"),
+    deep("5/0 linear, blend 0.3", interval=5, head=2, predictor="linear", blend=0.3),
+    deep("5/1 linear", interval=5, head=2, predictor="linear", branch=1),
+    deep("5/2 linear", interval=5, head=2, predictor="linear", branch=2),
+    deep("8/0 linear", interval=8, head=2, predictor="linear"),
+    deep("3/0 similarity 0.8", interval=3, similarity=0.8),
+]
+
+# Both at once: few steps, most of them shallow.
+DEEP_CACHE_AND_FEWER_STEPS = [
+    deep("15 steps, 5/0 linear", 15, interval=5, head=2, predictor="linear"),
+    deep("12 steps, 4/0 linear", 12, interval=4, head=2, predictor="linear"),
+    deep("10 steps, 3/0 linear", 10, interval=3, head=2, predictor="linear"),
+    deep("10 steps, 4/0 linear", 10, interval=4, head=2, predictor="linear"),
+    deep("8 steps, 3/0 linear", 8, interval=3, head=2, predictor="linear"),
+]
+
+ROWS = [
+    Row("plain"),
+    Row("exact", {}),
+    *FEWER_STEPS,
+    *PACKAGE,
+    *DEEP_CACHE,
+    *DEEP_CACHE_AND_FEWER_STEPS,
+]
