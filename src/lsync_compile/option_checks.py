@@ -9,6 +9,8 @@ from typing import Any
 
 from lsync_compile.errors import OptionError
 
+PATHS = frozenset({"dump_dir", "trace"})  # options that are files or folders
+
 
 def check(
     name: str,
@@ -24,9 +26,9 @@ def check(
             hint = nearest(str(value), choices)
             raise OptionError(f"option {name}={value!r}{hint}; allowed are {listed(choices)}")
         return value
-    if name == "dump_dir":
+    if name in PATHS:
         if value is not None and not isinstance(value, (str, Path)):
-            raise OptionError(f"option dump_dir={value!r} must be a path")
+            raise OptionError(f"option {name}={value!r} must be a path")
         return None if value is None else Path(value)
     if name == "inductor":
         return _check_inductor(value)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lsync_compile.errors import OptionError
-from lsync_compile.option_checks import check, listed
+from lsync_compile.option_checks import PATHS, check, listed
 from lsync_compile.option_checks import nearest as nearest
 
 # What a preset changes against the defaults below. No approximate optimisation exists yet, so
@@ -258,6 +258,232 @@ class Options:
             rebuild=False,
         ),
     )
+    few_steps: int = field(
+        default=0,
+        metadata=_about(
+            "Approximate: denoise in so many steps, spread over those that the call asks for; "
+            "0 takes all.",
+            between=(0, 1000),
+            rebuild=False,
+        ),
+    )
+    adaptive_steps: bool = field(
+        default=False,
+        metadata=_about(
+            "Approximate: choose the steps of each chunk by how much its faces changed.",
+            rebuild=False,
+        ),
+    )
+    adaptive_min_steps: int = field(
+        default=10,
+        metadata=_about(
+            "Steps of a chunk that changed by less than `adaptive_low`.",
+            between=(1, 1000),
+            rebuild=False,
+        ),
+    )
+    adaptive_max_steps: int = field(
+        default=30,
+        metadata=_about(
+            "Steps of a chunk that changed by more than `adaptive_high`.",
+            between=(1, 1000),
+            rebuild=False,
+        ),
+    )
+    adaptive_low: float = field(
+        default=0.01,
+        metadata=_about(
+            "Mean squared difference of faces below which a chunk takes the fewest steps.",
+            between=(0.0, 1.0),
+            rebuild=False,
+        ),
+    )
+    adaptive_middle: float = field(
+        default=0.05,
+        metadata=_about(
+            "The same below which it takes three quarters.", between=(0.0, 1.0), rebuild=False
+        ),
+    )
+    adaptive_high: float = field(
+        default=0.2,
+        metadata=_about(
+            "The same above which it takes the most steps.", between=(0.0, 1.0), rebuild=False
+        ),
+    )
+    temporal_start: str = field(
+        default="off",
+        metadata=_about(
+            "Approximate: denoise a chunk in fewer steps with what the one before tells: `path` "
+            "adds what long steps missed there, `renoise` starts from its result in the middle.",
+            choices=("off", "path", "renoise"),
+            rebuild=False,
+        ),
+    )
+    temporal_strength: float = field(
+        default=0.25,
+        metadata=_about(
+            "Part of the steps that such a chunk runs, where `adaptive_steps` does not say.",
+            between=(0.01, 1.0),
+            rebuild=False,
+        ),
+    )
+    temporal_refresh: int = field(
+        default=0,
+        metadata=_about(
+            "Denoise every so-manieth chunk in full; 0: only the first of each scene.",
+            between=(0, 100_000),
+            rebuild=False,
+        ),
+    )
+    temporal_momentum: float = field(
+        default=0.7,
+        metadata=_about(
+            "For `renoise`: weight of the last result in the start; the rest is the clip's face.",
+            between=(0.0, 1.0),
+            rebuild=False,
+        ),
+    )
+    temporal_noise: float = field(
+        default=0.01,
+        metadata=_about(
+            "For `renoise`: standard deviation of the fresh part of the start's noise.",
+            between=(0.0, 1.0),
+            rebuild=False,
+        ),
+    )
+    scene_cut: float = field(
+        default=0.02,
+        metadata=_about(
+            "Squared difference of neighbouring faces above which a scene is cut; the next chunk "
+            "starts from noise.",
+            between=(0.0, 1.0),
+            rebuild=False,
+        ),
+    )
+    solver: str = field(
+        default="pipeline",
+        metadata=_about(
+            "Approximate unless `pipeline`: denoise with this solver on the schedule of the "
+            "pipeline's scheduler.",
+            choices=("pipeline", "ddim", "dpmpp_2m", "unipc"),
+            rebuild=False,
+        ),
+    )
+    lip_attention: bool = field(
+        default=False,
+        metadata=_about(
+            "Approximate pass: attend within frames in full in the mouth region, by pooled cells "
+            "elsewhere."
+        ),
+    )
+    lip_pool: str = field(
+        default="auto",
+        metadata=_about(
+            "Side in latents of the cells that `lip_attention` pools; `auto` looks at the detail "
+            "outside the mouth.",
+            choices=("auto", "1", "2", "4", "8"),
+        ),
+    )
+    lip_halo: int = field(
+        default=1,
+        metadata=_about("Latents around the mouth that `lip_attention` keeps.", between=(0, 16)),
+    )
+    lip_weight: float = field(
+        default=1.0,
+        metadata=_about(
+            "How much more than others the mouth's keys count in `lip_attention`; 1 is no "
+            "difference.",
+            between=(0.1, 10.0),
+        ),
+    )
+    crop_decode: bool = field(
+        default=False,
+        metadata=_about(
+            "Approximate pass: decode only the rows of the picture that are generated."
+        ),
+    )
+    crop_halo: int = field(
+        default=1,
+        metadata=_about(
+            "Rows of latents around the generated ones that `crop_decode` decodes too.",
+            between=(0, 16),
+        ),
+    )
+    crop_statistics: str = field(
+        default="both",
+        metadata=_about(
+            "Where the norms of `crop_decode` have their statistics from: the rows decoded "
+            "(`own`), the chunk's first picture, decoded whole (`first`), or the rows decoded and "
+            "that picture's other rows (`both`).",
+            choices=("own", "first", "both"),
+        ),
+    )
+    parallel_stages: str = field(
+        default="auto",
+        metadata=_about(
+            "Read, find faces, encode, denoise, decode and paste in stages that overlap, each in "
+            "a thread and on a stream of its own; same bytes. `auto` is on for a GPU.",
+            choices=("auto", "on", "off"),
+            rebuild=False,
+        ),
+    )
+    batch_faces: str = field(
+        default="auto",
+        metadata=_about(
+            "Cut and paste the faces of a chunk together on the device, within rounding of doing "
+            "it frame by frame. `auto` is on for a GPU.",
+            choices=("auto", "on", "off"),
+            rebuild=False,
+        ),
+    )
+    face_cache: bool = field(
+        default=True,
+        metadata=_about(
+            "Search equal frames for a face once, and encode a frame that is shown again once.",
+            rebuild=False,
+        ),
+    )
+    face_tolerance: float = field(
+        default=0.0,
+        metadata=_about(
+            "Approximate above 0: take a face found before where brows and nose have moved by "
+            "fewer pixels than this.",
+            between=(0.0, 20.0),
+            rebuild=False,
+        ),
+    )
+    track_faces: bool = field(
+        default=False,
+        metadata=_about(
+            "Approximate: look for the face where it was in the frame before, and search the "
+            "frame at cuts and once a second only.",
+            rebuild=False,
+        ),
+    )
+    clip_cache: bool = field(
+        default=False,
+        metadata=_about(
+            "Keep faces and encodings of a clip in the user's cache folder, so that the same clip "
+            "with another sound needs neither again.",
+            rebuild=False,
+        ),
+    )
+    clip_cache_gib: float = field(
+        default=2.0,
+        metadata=_about(
+            "GiB that the clips kept may take; the least recently used go first.",
+            between=(0.001, 10000.0),
+            rebuild=False,
+        ),
+    )
+    trace: Path | None = field(
+        default=None,
+        metadata=_about(
+            "File for a timeline of each run: a Chrome trace (`.json`) or a picture (`.png`, "
+            "`.svg`).",
+            rebuild=False,
+        ),
+    )
     inductor: Mapping[str, Any] = field(
         default_factory=dict,
         hash=False,
@@ -289,7 +515,8 @@ class Options:
         """Plain values that ``json`` can write."""
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         values["inductor"] = dict(self.inductor)
-        values["dump_dir"] = None if self.dump_dir is None else str(self.dump_dir)
+        for name in PATHS:
+            values[name] = None if values[name] is None else str(values[name])
         return values
 
     def needs_rebuild(self, other: Options) -> bool:
@@ -375,4 +602,4 @@ def _kind(name: str, between: tuple[float, float] | None) -> str:
         return "mapping"
     if name == "deep_cache_steps":
         return "steps"
-    return "path" if name == "dump_dir" else "`True`, `False`"
+    return "path" if name in PATHS else "`True`, `False`"

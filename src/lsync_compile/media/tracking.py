@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from lsync_compile.errors import NoFaceError, OptionError
 from lsync_compile.media.align import FaceAligner, crop_face
-from lsync_compile.media.faces import FaceDetector, Frame
+from lsync_compile.media.align_batch import BatchAligner
+from lsync_compile.media.faces import Face, FaceDetector, Frame
 from lsync_compile.media.video import PingPongReader
 
 Matrix = NDArray[np.float32]
@@ -35,7 +36,9 @@ class Chunk:
         frames: f pictures of shape (H, W, 3), uint8 RGB.
         matrices: f matrices of shape (2, 3), picture to aligned square; None without a face.
         faces: (f, 3, R, R) uint8, the aligned faces. A frame without a face borrows the nearest
-            face of the chunk, so that temporal attention sees a plausible picture.
+            face of the chunk, so that temporal attention sees a plausible picture. None until
+            :meth:`FaceTracker.place`, and for a chunk without any face.
+        shown: position in the clip of the face that each row of ``faces`` shows.
     """
 
     index: int
@@ -44,6 +47,7 @@ class Chunk:
     frames: list[Frame]
     matrices: list[Matrix | None]
     faces: torch.Tensor | None = None
+    shown: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -63,6 +67,9 @@ class FaceTracker:
         resolution: side R of the aligned square in pixels.
         on_missing_face: ``"pass"`` leaves frames without a usable face as they are, ``"fail"``
             raises NoFaceError at the first one.
+        batch: cuts the faces of a chunk together; without, they are cut frame by frame.
+        faces: what is known of the clip's frames beforehand, by their position, None for no
+            usable face; those that are looked at are added.
 
     Raises:
         OptionError: ``on_missing_face`` is something else.
@@ -71,6 +78,8 @@ class FaceTracker:
     detector: FaceDetector
     resolution: int
     on_missing_face: str = "pass"
+    batch: BatchAligner | None = None
+    faces: dict[int, Face | None] = field(default_factory=dict)
     _matrices: dict[int, Matrix | None] = field(default_factory=dict)
     _aligner: FaceAligner = field(init=False)
 
@@ -84,7 +93,9 @@ class FaceTracker:
     def matrix(self, source: int, frame: Frame) -> Matrix | None:
         """The alignment of frame ``source`` of the clip, or None if it shows no usable face."""
         if source not in self._matrices:
-            face = self.detector.detect(frame)
+            if source not in self.faces:
+                self.faces[source] = self.detector.detect(frame)
+            face = self.faces[source]
             if face is None and self.on_missing_face == "fail":
                 raise NoFaceError(
                     f"frame {source} of the clip shows no usable face; "
@@ -92,6 +103,47 @@ class FaceTracker:
                 )
             self._matrices[source] = None if face is None else self._aligner.matrix(face.landmarks)
         return self._matrices[source]
+
+    def place(self, chunk: Chunk) -> Chunk:
+        """Find, align and cut the faces of the next chunk; gives the same chunk."""
+        chunk.matrices = [
+            self.matrix(source, frame)
+            for source, frame in zip(chunk.sources, chunk.frames, strict=True)
+        ]
+        faces = self._cut(chunk)
+        if faces is not None:
+            donors = [place for place in nearest_valid(chunk.has_face) if place is not None]
+            order = sorted(set(donors))
+            chunk.shown = [chunk.sources[donor] for donor in donors]
+            chunk.faces = faces[[order.index(donor) for donor in donors]]
+        return chunk
+
+    def _cut(self, chunk: Chunk) -> torch.Tensor | None:
+        """The faces of the frames that have one, (n, 3, R, R) uint8."""
+        pairs = [
+            (frame, matrix)
+            for frame, matrix in zip(chunk.frames, chunk.matrices, strict=True)
+            if matrix is not None
+        ]
+        if not pairs:
+            return None
+        frames, matrices = zip(*pairs, strict=True)
+        if self.batch is not None:
+            return self.batch.crop(frames, matrices)
+        cut = [crop_face(frame, matrix, self.resolution) for frame, matrix in pairs]
+        return torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2)
+
+    def check_found(self, video_path: str | Path) -> None:
+        """Called at the end of a clip.
+
+        Raises:
+            NoFaceError: none of the frames looked at shows a usable face.
+        """
+        if self.found == 0:
+            raise NoFaceError(
+                f"{video_path}: no usable face in any of the {self.missing} frames looked at; "
+                "use a clip whose face is upright, unobstructed and at least 50 pixels wide"
+            )
 
     @property
     def missing(self) -> int:
@@ -115,20 +167,24 @@ def read_chunks(
         NoFaceError: the whole clip, or all of it that is used, shows no usable face.
         MediaError: the file cannot be read.
     """
+    for chunk in cut_chunks(video_path, count, num_frames, fps):
+        yield tracker.place(chunk)
+    tracker.check_found(video_path)
+
+
+def cut_chunks(video_path: str | Path, count: int, num_frames: int, fps: int) -> Iterator[Chunk]:
+    """As :func:`read_chunks`, with pictures only; :meth:`FaceTracker.place` does the rest.
+
+    Raises:
+        MediaError: the file cannot be read.
+    """
     chunk = Chunk(0, 0, [], [], [])
     for position, (source, frame) in enumerate(PingPongReader(video_path, count, fps)):
         chunk.sources.append(source)
         chunk.frames.append(frame)
-        chunk.matrices.append(tracker.matrix(source, frame))
         if len(chunk) == num_frames or position == count - 1:
-            chunk.faces = _crop_faces(chunk, tracker.resolution)
             yield chunk
             chunk = Chunk(chunk.index + 1, position + 1, [], [], [])
-    if tracker.found == 0:
-        raise NoFaceError(
-            f"{video_path}: no usable face in any of the {tracker.missing} frames looked at; "
-            "use a clip whose face is upright, unobstructed and at least 50 pixels wide"
-        )
 
 
 def nearest_valid(valid: list[bool]) -> list[int | None]:
@@ -138,16 +194,3 @@ def nearest_valid(valid: list[bool]) -> list[int | None]:
         min(places, key=lambda place: (abs(place - position), place)) if places else None
         for position in range(len(valid))
     ]
-
-
-def _crop_faces(chunk: Chunk, resolution: int) -> torch.Tensor | None:
-    crops = {
-        place: crop_face(frame, matrix, resolution)
-        for place, (frame, matrix) in enumerate(zip(chunk.frames, chunk.matrices, strict=True))
-        if matrix is not None
-    }
-    if not crops:
-        return None
-    donors = nearest_valid(chunk.has_face)
-    stacked = np.stack([crops[donor] for donor in donors if donor is not None])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2)

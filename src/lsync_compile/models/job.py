@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lsync_compile.errors import OptionError
 from lsync_compile.media.faces import Frame
 from lsync_compile.media.tracking import FaceTracker
 from lsync_compile.report import Session
+from lsync_compile.runtime.timeline import Timeline
 
 SAMPLE_RATE = 16_000  # Hz; what the audio encoders are trained on
 StepCallback = Callable[[int, Any, Tensor], None]
@@ -85,6 +86,7 @@ class Job:
     progress: ProgressCallback | None
     tracker: FaceTracker
     session: Session | None = None  # of the compiled pipeline; None runs as the arguments say
+    timeline: Timeline = field(default_factory=Timeline)
 
     @property
     def guided(self) -> bool:

@@ -19,14 +19,15 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from lsync_compile.errors import MediaError, MemoryLimitError
-from lsync_compile.media.align import restore_face
+from lsync_compile.media.align_batch import BatchAligner
 from lsync_compile.media.audio import SoundReader, load_audio
-from lsync_compile.media.faces import FaceDetector, Frame, create_detector
+from lsync_compile.media.faces import FaceDetector, create_detector
 from lsync_compile.media.mask import mouth_mask
-from lsync_compile.media.tracking import Chunk, FaceTracker, read_chunks
+from lsync_compile.media.tracking import FaceTracker
 from lsync_compile.media.video import count_frames, probe
 from lsync_compile.media.writer import VideoWriter
-from lsync_compile.models.audio import AudioEncoder, audio_windows
+from lsync_compile.models.audio import AudioEncoder
+from lsync_compile.models.caches import JobCaches, wanted
 from lsync_compile.models.checkpoint import (
     load_audio_encoder,
     load_unet,
@@ -45,10 +46,12 @@ from lsync_compile.models.job import (
     check_counts,
     check_resolution,
 )
+from lsync_compile.models.run import Run
 from lsync_compile.models.scheduler import default_scheduler
 from lsync_compile.models.synthesis import ChunkSynthesizer, example_inputs, vouched_inputs
 from lsync_compile.models.unet import UNet3DConditionModel
 from lsync_compile.runtime.context import Terms
+from lsync_compile.runtime.face_cache import CachedFaceDetector
 from lsync_compile.runtime.running import current_session
 
 
@@ -238,8 +241,9 @@ class LatentSyncPipeline(DiffusionPipeline):
             pixel_aspect=info.pixel_aspect,
         ) as writer:
             for result in self._run(job):
-                for frame in result.frames:
-                    writer.write(frame)
+                with job.timeline.span("write", result.index):
+                    for frame in result.frames:
+                        writer.write(frame)
                 written += len(result.frames)
                 missing += result.has_face.count(False)
         return LipsyncOutput(
@@ -317,50 +321,50 @@ class LatentSyncPipeline(DiffusionPipeline):
             callback=callback,
             callback_steps=callback_steps,
             progress=progress,
-            tracker=FaceTracker(self.detector, resolution, on_missing_face),
+            tracker=self._tracker(resolution, on_missing_face),
             session=current_session(),
         )
 
+    def _tracker(self, resolution: int, on_missing_face: str) -> FaceTracker:
+        """What finds and cuts the faces of a run, with the caches that its options ask for."""
+        session, device = current_session(), self._execution_device
+        detector = self.detector
+        if session is not None and session.options.face_cache:
+            detector = CachedFaceDetector(
+                detector,
+                tolerance=session.options.face_tolerance,
+                tracking=session.options.track_faces,
+            )
+        batched = wanted(session, "batch_faces", device)
+        batch = BatchAligner(resolution, device) if batched else None
+        return FaceTracker(detector, resolution, on_missing_face, batch)
+
     def _run(self, job: Job) -> Iterator[ChunkResult]:
         """Stream a planned job, one chunk after the other."""
-        features = self.audio_encoder.open(torch.from_numpy(job.sound))
-        generate = ChunkSynthesizer(
-            self.vae, self.unet, self.scheduler, job, self._execution_device
+        device = self._execution_device
+        synthesizer = ChunkSynthesizer(self.vae, self.unet, self.scheduler, job, device)
+        caches = JobCaches(job, self, device)
+        run = Run(
+            job,
+            synthesizer,
+            self.audio_encoder,
+            device,
+            encodings=caches.encodings,
+            parallel=wanted(job.session, "parallel_stages", device),
         )
         total = job.chunks * job.num_inference_steps
         bar = self.progress_bar(total=total) if job.progress is None else None
         self.unet.eval()
+
+        def advance(done: int) -> None:
+            if job.progress is not None:
+                job.progress(done, total)
+            elif bar is not None:
+                bar.update(done - bar.n)
+
         try:
-            begin = time.perf_counter()
-            for chunk in read_chunks(
-                job.video_path, job.count, job.num_frames, job.fps, job.tracker
-            ):
-                done = chunk.index * job.num_inference_steps
-
-                def advance(step: int, done: int = done) -> None:
-                    if job.progress is not None:
-                        job.progress(done + step, total)
-                    elif bar is not None:
-                        bar.update(done + step - bar.n)
-
-                windows = audio_windows(features, chunk.start, len(chunk), fps=job.fps)
-                audio = self.audio_encoder.mark(windows)
-                synced = None
-                if chunk.faces is not None:
-                    synced = generate(chunk.index, chunk.faces, audio, advance)
-                advance(job.num_inference_steps)
-                frames = self._restore(chunk, synced)
-                yield ChunkResult(
-                    index=chunk.index,
-                    frame_indices=list(range(chunk.start, chunk.start + len(chunk))),
-                    original=chunk.frames,
-                    faces=chunk.faces,
-                    synced=synced,
-                    frames=frames,
-                    has_face=chunk.has_face,
-                    seconds=time.perf_counter() - begin,
-                )
-                begin = time.perf_counter()
+            yield from run.results(advance)
+            caches.keep()
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -371,16 +375,7 @@ class LatentSyncPipeline(DiffusionPipeline):
         finally:
             if bar is not None:
                 bar.close()
-
-    def _restore(self, chunk: Chunk, synced: Tensor | None) -> list[Frame]:
-        """Paste the generated faces into the chunk's pictures; others pass through."""
-        if synced is None:
-            return chunk.frames
-        synced = synced.float().cpu()
-        return [
-            frame if matrix is None else restore_face(frame, face, matrix)
-            for frame, face, matrix in zip(chunk.frames, synced, chunk.matrices, strict=True)
-        ]
+            caches.account()
 
 
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:

@@ -66,18 +66,28 @@ class Timeline:
                 self._spans.append(span)
             else:
                 self._pending.append((span, begin, end))
+                self._settle()
 
     def spans(self) -> list[Span]:
         """All finished work by the time it began; waits for the device."""
         with self._lock:
-            pending, self._pending = self._pending, []
-            for span, begin, end in pending:
+            for _, _, end in self._pending:
                 end.synchronize()
+            self._settle()
+            return sorted(self._spans, key=lambda span: (span.begin, span.number))
+
+    def _settle(self) -> None:
+        """Read the times of the work that the device has done; the others wait on."""
+        waiting = []
+        for span, begin, end in self._pending:
+            if end.query():
                 anchor, at = self._device_zero
                 span.begin = at + anchor.elapsed_time(begin) / 1000
                 span.end = at + anchor.elapsed_time(end) / 1000
                 self._spans.append(span)
-            return sorted(self._spans, key=lambda span: (span.begin, span.number))
+            else:
+                waiting.append((span, begin, end))
+        self._pending = waiting
 
     def seconds(self) -> dict[str, list[float]]:
         """The durations of each kind of work, kinds in the order in which they first began."""

@@ -1,0 +1,170 @@
+"""A planned job, carried out: chunks through reading, faces, encoding, denoising, pasting.
+
+The stages are the same whether they overlap or not (:mod:`lsync_compile.runtime.stages`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsync_compile.media.align import restore_face
+from lsync_compile.media.faces import Frame
+from lsync_compile.media.tracking import Chunk, cut_chunks
+from lsync_compile.models.audio import AudioEncoder, audio_windows
+from lsync_compile.models.job import ChunkResult, Job
+from lsync_compile.models.synthesis import ChunkSynthesizer, Prepared
+from lsync_compile.runtime.encodings import Encodings
+from lsync_compile.runtime.stages import PipelineParallelProcessor, Stage
+
+Advance = Callable[[int], None]
+
+
+@dataclass
+class _Passing:
+    """A chunk on its way, with what the stages so far have made of it."""
+
+    chunk: Chunk
+    prepared: Prepared | None = None
+    audio: Tensor | None = None
+    latents: Tensor | None = None
+    synced: Tensor | None = None
+    frames: list[Frame] = field(default_factory=list)
+
+
+class Run:
+    """Carries out one job.
+
+    Args:
+        job: what to do.
+        synthesizer: the networks, made for this job.
+        encoder: of the sound.
+        device: where the networks are.
+        encodings: of frames seen before; None encodes every chunk.
+        parallel: whether stages overlap.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        synthesizer: ChunkSynthesizer,
+        encoder: AudioEncoder,
+        device: torch.device,
+        *,
+        encodings: Encodings | None,
+        parallel: bool,
+    ) -> None:
+        self._job = job
+        self._synthesizer = synthesizer
+        self._encoder = encoder
+        self._device = device
+        self._encodings = encodings
+        self._parallel = parallel
+        self._features: Any = encoder.open(torch.from_numpy(job.sound))
+
+    def results(self, advance: Advance) -> Iterator[ChunkResult]:
+        """Finished chunks in order.
+
+        Args:
+            advance: called with the number of denoising steps done in the whole run, from the
+                thread that denoises.
+        """
+        job = self._job
+        on_device = job.tracker.batch is not None
+        stages = [
+            Stage("faces", self._place, on_device),
+            Stage("encode", self._encode, True),
+            Stage("denoise", lambda passing: self._denoise(passing, advance), True),
+            Stage("decode", self._decode, True),
+            Stage("paste", self._paste, on_device),
+        ]
+        chunks = cut_chunks(job.video_path, job.count, job.num_frames, job.fps)
+        processor = PipelineParallelProcessor(
+            (_Passing(chunk) for chunk in chunks),
+            stages,
+            self._device,
+            parallel=self._parallel,
+            shape=lambda passing: (len(passing.chunk), passing.chunk.faces is None),
+            timeline=job.timeline,
+        )
+        begin = time.perf_counter()
+        with closing(iter(processor)) as passed:  # type: ignore[type-var]
+            for passing in passed:
+                yield self._result(passing, time.perf_counter() - begin)
+                begin = time.perf_counter()
+        job.tracker.check_found(job.video_path)
+
+    def _place(self, passing: _Passing) -> _Passing:
+        self._job.tracker.place(passing.chunk)
+        return passing
+
+    def _encode(self, passing: _Passing) -> _Passing:
+        chunk = passing.chunk
+        windows = audio_windows(self._features, chunk.start, len(chunk), fps=self._job.fps)
+        passing.audio = self._encoder.mark(windows)
+        if chunk.faces is not None:
+            if self._encodings is None:
+                passing.prepared = self._synthesizer.prepare(chunk.faces)
+            else:
+                passing.prepared = self._encodings.prepare(
+                    self._synthesizer, chunk.faces, chunk.shown
+                )
+        return passing
+
+    def _denoise(self, passing: _Passing, advance: Advance) -> _Passing:
+        steps = self._job.num_inference_steps
+        done = passing.chunk.index * steps
+        if passing.prepared is not None:
+            assert passing.audio is not None
+            passing.latents = self._synthesizer.denoise(
+                passing.chunk.index,
+                passing.prepared,
+                passing.audio,
+                lambda step: advance(done + step),
+            )
+        advance(done + steps)
+        return passing
+
+    def _decode(self, passing: _Passing) -> _Passing:
+        if passing.latents is not None:
+            assert passing.prepared is not None
+            passing.synced = self._synthesizer.decode(passing.latents, passing.prepared.pixels)
+        passing.prepared = passing.audio = passing.latents = None
+        return passing
+
+    def _paste(self, passing: _Passing) -> _Passing:
+        """Paste the generated faces into the chunk's pictures; others pass through."""
+        chunk, synced = passing.chunk, passing.synced
+        passing.frames = list(chunk.frames)
+        if synced is None:
+            return passing
+        places = [place for place, matrix in enumerate(chunk.matrices) if matrix is not None]
+        frames = [chunk.frames[place] for place in places]
+        matrices = [matrix for matrix in chunk.matrices if matrix is not None]
+        if self._job.tracker.batch is not None:
+            pasted = self._job.tracker.batch.restore(frames, synced[places], matrices)
+        else:
+            faces = synced.float().cpu()[places]
+            pasted = [restore_face(*each) for each in zip(frames, faces, matrices, strict=True)]
+        for place, frame in zip(places, pasted, strict=True):
+            passing.frames[place] = frame
+        return passing
+
+    def _result(self, passing: _Passing, seconds: float) -> ChunkResult:
+        chunk = passing.chunk
+        return ChunkResult(
+            index=chunk.index,
+            frame_indices=list(range(chunk.start, chunk.start + len(chunk))),
+            original=chunk.frames,
+            faces=chunk.faces,
+            synced=passing.synced,
+            frames=passing.frames,
+            has_face=chunk.has_face,
+            seconds=seconds,
+        )
