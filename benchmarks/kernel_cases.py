@@ -11,7 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from lsync_compile.kernels.lip_tables import encode_region
 
 Draw = Callable[..., Tensor]  # shape -> numbers of that shape
 
@@ -44,6 +47,7 @@ def cases(
             ("spatial_attention", "sound ", _attention_to_sound),
             ("group_norm_silu", "frames ", _group_norm_frames),
             ("group_norm_silu", "video ", _group_norm_video),
+            ("lip_attention", "", _lip_attention),
             ("geglu", "", _geglu),
             ("linear_geglu", "", _linear_geglu),
             ("add_layer_norm", "", _add_layer_norm),
@@ -72,6 +76,20 @@ def _attention_within_frames(
     def arguments(draw: Draw) -> tuple[Any, ...]:
         q, k, v = draw(batch * frames, side * side, 3 * width).chunk(3, dim=2)
         return q, k, v, HEADS, None
+
+    return arguments
+
+
+def _lip_attention(
+    side: int, width: int, batch: int, frames: int
+) -> Callable[[Draw], tuple[Any, ...]]:
+    """As many latents, on as many rows, as the built-in mask has; a halo of 1, cells of 2x2."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        q, k, v = draw(batch * frames, side * side, 3 * width).chunk(3, dim=2)
+        mouth = torch.zeros(64, 64, dtype=torch.bool)
+        mouth[23:61, 9:55] = True
+        return q, k, v, HEADS, encode_region(mouth), 1, 2, 2, 1.0, None
 
     return arguments
 

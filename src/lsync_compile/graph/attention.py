@@ -12,7 +12,11 @@ import lsync_compile.kernels  # noqa: F401  registers the operators named here
 from lsync_compile.graph.axes import viewed
 from lsync_compile.graph.build import example
 
-_OPS = (torch.ops.lsync.temporal_attention.default, torch.ops.lsync.spatial_attention.default)
+_OPS = (
+    torch.ops.lsync.temporal_attention.default,
+    torch.ops.lsync.spatial_attention.default,
+    torch.ops.lsync.lip_attention.default,
+)
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 

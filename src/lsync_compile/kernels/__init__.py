@@ -11,6 +11,7 @@ from lsync_compile.kernels.geglu import geglu, geglu_reference
 from lsync_compile.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from lsync_compile.kernels.layer_norm import layer_norm, layer_norm_reference
 from lsync_compile.kernels.linear_geglu import linear_geglu, linear_geglu_reference
+from lsync_compile.kernels.lip_attention import lip_attention, lip_attention_reference
 from lsync_compile.kernels.spatial_attention import (
     spatial_attention,
     spatial_attention_reference,
@@ -35,6 +36,8 @@ __all__ = [
     "layer_norm_reference",
     "linear_geglu",
     "linear_geglu_reference",
+    "lip_attention",
+    "lip_attention_reference",
     "registered",
     "spatial_attention",
     "spatial_attention_reference",
