@@ -213,7 +213,9 @@ class GraphCompiler:
             if wanted(self.session.options, self.target):
                 mark_joins(gm.graph)
             manager = PassManager(self.session.options)
-            record.passes = manager.run(gm, self.target, record.name, self.terms.vouched)
+            record.passes = manager.run(
+                gm, self.target, record.name, self.terms.vouched, self.terms.region
+            )
         except PASS_ERRORS as error:
             raise Failure("passes", error) from error
         record.pass_seconds = time.perf_counter() - started

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lsync_compile.passes import (
     channels_last,
     choose_sdpa,
+    crop_decode,
     fuse_add_layer_norm,
     fuse_geglu,
     fuse_group_norm_silu,
@@ -13,6 +14,7 @@ from lsync_compile.passes import (
     fuse_qkv,
     fuse_temporal_attention,
     guidance_prefix,
+    lip_attention,
     null_audio,
     remove_noops,
     share_repeated,
@@ -22,6 +24,7 @@ from lsync_compile.passes import (
 __all__ = [
     "channels_last",
     "choose_sdpa",
+    "crop_decode",
     "fuse_add_layer_norm",
     "fuse_geglu",
     "fuse_group_norm_silu",
@@ -30,6 +33,7 @@ __all__ = [
     "fuse_qkv",
     "fuse_temporal_attention",
     "guidance_prefix",
+    "lip_attention",
     "null_audio",
     "remove_noops",
     "share_repeated",

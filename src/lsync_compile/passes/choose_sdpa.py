@@ -22,6 +22,9 @@ widths.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -61,7 +64,7 @@ class ChooseSdpa(KernelPass):
     def rewrite(self, gm: GraphModule, context: PassContext) -> int:
         found = [each for each in plain_attentions(gm.graph) if self._fits(each, context)]
         for each in found:
-            _rewrite(each)
+            attend_by_rows(each, OP, each.scale)
         return len(found)
 
     def _fits(self, found: Attention, context: PassContext) -> bool:
@@ -74,12 +77,13 @@ class ChooseSdpa(KernelPass):
         return same and query.numel() > 0 and self.takes(found.node, context)
 
 
-def _rewrite(found: Attention) -> None:
+def attend_by_rows(found: Attention, op: Callable[..., Any], *settings: Any) -> None:
+    """Replace an attention by ``op(q, k, v, heads, *settings)``, which takes rows of tokens."""
     node, graph = found.node, found.node.graph
     _, heads, _, width = _shape(node)
     with graph.inserting_before(node):
         rows = [_rows(operand) for operand in found.operands]
-        new = call(graph, OP, *rows, heads, found.scale, like=node)
+        new = call(graph, op, *rows, heads, *settings, like=node)
         for merged in _merges(node):
             replace(merged, new)
         split = call(graph, "unflatten", new, 2, (heads, width), like=node)

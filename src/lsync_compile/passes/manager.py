@@ -21,6 +21,7 @@ from lsync_compile.graph.results import restore_strides, result_strides
 from lsync_compile.options import Options
 from lsync_compile.passes.spec import Pass, PassContext, registered, source_uuid
 from lsync_compile.report import PassRecord
+from lsync_compile.runtime.region import MouthRegion
 
 Interface = tuple[list[str], list[Any]]
 
@@ -80,7 +81,12 @@ class PassManager:
         return digest.hexdigest()
 
     def run(
-        self, gm: GraphModule, target: str, name: str, vouched: frozenset[str] = frozenset()
+        self,
+        gm: GraphModule,
+        target: str,
+        name: str,
+        vouched: frozenset[str] = frozenset(),
+        region: MouthRegion | None = None,
     ) -> list[PassRecord]:
         """Rewrite ``gm`` in place; its results keep their strides.
 
@@ -89,11 +95,12 @@ class PassManager:
             target: its role, see :class:`PassContext`.
             name: names the folder of its dumps.
             vouched: what holds for the graph's inputs, see :class:`PassContext`.
+            region: the part of the picture that matters, see :class:`PassContext`.
 
         Raises:
             PassError: where a pass left a broken graph.
         """
-        context = PassContext(self.options, target, vouched)
+        context = PassContext(self.options, target, vouched, region)
         strides = result_strides(gm.graph)
         records = [
             self._run_one(index, each, gm, context, name) for index, each in enumerate(self.passes)

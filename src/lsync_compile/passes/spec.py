@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 
 from lsync_compile.kernels.spec import KernelSpec
 from lsync_compile.options import OPTION_NAMES, Options
+from lsync_compile.runtime.region import MouthRegion
 
 PACKAGE = "lsync_compile"
 
@@ -67,11 +68,13 @@ class PassContext:
         target: the role of the graph, "unet", "vae.encoder", "vae.decoder", "module", "function".
         vouched: what the runtime vouches for, keys of ``lsync_compile.runtime.context.VOUCHES``.
             The rewritten graph is run only while it does.
+        region: the part of the picture that matters, likewise; None where nobody says.
     """
 
     options: Options
     target: str
     vouched: frozenset[str] = frozenset()
+    region: MouthRegion | None = None
 
 
 class Pass:

@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lsync_compile.runtime.region import MouthRegion, current_region
+
 Mode = Literal["recompute", "reuse"]
 
 # What a runtime may say of the inputs of a UNet call, which no graph can know.
@@ -79,19 +81,23 @@ class Terms:
         vouched: as in :class:`StepContext`.
         chunks: whether the calls say to which run and chunk they belong.
         timesteps: whether they say the value of the timestep.
+        region: the part of the picture that the run generates, where it says so.
     """
 
     vouched: frozenset[str] = frozenset()
     chunks: bool = False
     timesteps: bool = False
+    region: MouthRegion | None = None
 
 
 def current_terms() -> Terms:
-    """The terms of the UNet call under way; outside a run nothing is vouched for."""
-    context = current()
+    """The terms of the call under way; outside a run nothing is vouched for."""
+    context, region = current(), current_region()
     if context is None:
-        return Terms()
-    return Terms(context.vouched, chunks=True, timesteps=context.timestep is not None)
+        return Terms(region=region)
+    return Terms(
+        context.vouched, chunks=True, timesteps=context.timestep is not None, region=region
+    )
 
 
 _current: ContextVar[StepContext | None] = ContextVar("lsync_step_context", default=None)
