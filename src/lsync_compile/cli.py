@@ -1,4 +1,4 @@
-"""The command line: ``lsync sync | quality | explain | doctor``."""
+"""The command line: ``lsync sync | quality | explain | doctor | cache``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from lsync_compile import __version__
 from lsync_compile.errors import Interrupted, LsyncError, OptionError
 from lsync_compile.progress import WORTH_SAYING, Compiling, listening
+from lsync_compile.quality.calibrate_cli import calibrate
 from lsync_compile.quality.cli import quality
+from lsync_compile.runtime.cache_cli import cache
 
 app = typer.Typer(
     name="lsync",
@@ -155,6 +157,15 @@ def sync(
     detector: Annotated[Detector, typer.Option(help="Finds the face.")] = Detector.mtcnn,
     device: Device = None,
     dtype: NumberFormat = None,
+    clip_cache: Annotated[
+        bool,
+        typer.Option(
+            "--clip-cache", help="Keep faces and encodings of VIDEO for the next sound to it."
+        ),
+    ] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a timeline: .json (Chrome trace), .png or .svg.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Also write the run's report here as JSON.")
     ] = None,
@@ -165,7 +176,10 @@ def sync(
     import torch
 
     import lsync_compile
+    from lsync_compile.runtime.timeline import check_trace_path
 
+    if trace is not None:
+        check_trace_path(trace)
     place = choose_device(device)
     console = Console(stderr=True, quiet=quiet or as_json)
     with console.status(f"Loading {checkpoint} on {place} …"):
@@ -177,12 +191,20 @@ def sync(
             resolution=resolution,
         )
     if compiled:
-        options: dict[str, Any] = {"preset": preset.value, "strict": strict}
+        options: dict[str, Any] = {
+            "preset": preset.value,
+            "strict": strict,
+            "clip_cache": clip_cache or None,
+            "trace": trace,
+        }
         # Inductor's C++ takes minutes on a CPU, more than it saves on one clip.
         chosen = lowering or (Lowering.inductor if place.type == "cuda" else Lowering.eager)
         pipe = torch.compile(pipe, backend="lsync", options={**options, "lowering": chosen.value})
-    elif lowering is not None or strict:
-        raise OptionError("--no-compile leaves nothing for --lowering or --strict to act on")
+    elif lowering is not None or strict or clip_cache or trace is not None:
+        raise OptionError(
+            "--no-compile leaves nothing for --lowering, --strict, --clip-cache or --trace to "
+            "act on"
+        )
     with _progress(console, "Syncing") as advance:
         result = pipe(
             video_path=video,
@@ -263,6 +285,8 @@ def explain(
 
 
 app.command()(quality)
+app.command()(calibrate)
+app.command()(cache)
 
 
 @app.command()
