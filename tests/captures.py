@@ -22,10 +22,19 @@ UNET_CONFIG: dict[str, Any] = {
 }
 
 
-def make_unet(layers: int = 2) -> nn.Module:
-    """The real UNet with noise in every matrix: zero-initialised layers would hide errors."""
+def make_unet(layers: int = 2, levels: int = 4) -> nn.Module:
+    """The real UNet with noise in every matrix: zero-initialised layers would hide errors.
+
+    With fewer than four levels the lowest ones are left out; every kind of block stays.
+    """
     torch.manual_seed(0)
-    config = {**UNET_CONFIG, "layers_per_block": layers}
+    config = {
+        **UNET_CONFIG,
+        "layers_per_block": layers,
+        "block_out_channels": UNET_CONFIG["block_out_channels"][:levels],
+        "down_block_types": ("CrossAttnDownBlock3D",) * (levels - 1) + ("DownBlock3D",),
+        "up_block_types": ("UpBlock3D",) + ("CrossAttnUpBlock3D",) * (levels - 1),
+    }
     unet = UNet3DConditionModel.from_config(config).eval()
     for parameter in unet.parameters():
         if parameter.dim() > 1:

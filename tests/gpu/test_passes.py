@@ -28,6 +28,8 @@ if not torch.cuda.is_available():
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
+FUSIONS = {name for name in registered() if name.startswith("fuse_")}
+ON = {registered()[name].spec.option: True for name in FUSIONS}
 
 
 class Watch(Interpreter):
@@ -54,13 +56,13 @@ def test_the_real_unet(dtype: torch.dtype) -> None:
     with torch.no_grad():
         gm, values = capture(unet, **inputs)
         after = copy_graph(gm)
-        records = PassManager(Options()).run(after, "unet", "graph")
+        records = PassManager(Options(**ON)).run(after, "unet", "graph")
         wide = make_unet().to(CUDA, dtype).to(torch.float64)
         exact = wide(**{k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
         watch = Watch(after)
         (one,), (other,) = watch.run(*values), gm(*values)
     applied = {record.name for record in records if record.outcome == "applied"}
-    assert applied >= {name for name in registered() if name.startswith("fuse_")}
+    assert applied >= FUSIONS
     assert "channels_last" in applied
     assert watch.different == []
     assert one.stride() == other.stride()
