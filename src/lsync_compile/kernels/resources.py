@@ -19,7 +19,12 @@ from triton.compiler import ASTSource
 
 from lsync_compile.kernels.launch import OPTIONS, Config, Launch, TensorDescriptor
 
-_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
 
 
 @dataclass(frozen=True)
