@@ -89,6 +89,7 @@ def synthesizer(unet: Any, vae: Any, steps: int, device: torch.device) -> ChunkS
     job = SimpleNamespace(
         generator=torch.Generator(device).manual_seed(0), mask=mask, guidance_scale=1.5,
         guided=True, eta=0.0, num_inference_steps=steps, callback=None, callback_steps=1,
+        session=None,
     )  # fmt: skip
     return ChunkSynthesizer(vae, unet, default_scheduler(), job, device)
 

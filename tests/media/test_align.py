@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lsync_compile.media import align
+from lsync_compile.media import align, geometry
 from lsync_compile.media.align import (
     FaceAligner,
     crop_face,
@@ -99,7 +99,7 @@ def test_only_the_face_square_changes():
     frame = picture()
     matrix = FaceAligner(256).matrix(points((240, 150), 30))
     restored = restore_face(frame, torch.ones(3, 256, 256), matrix)
-    x0, y0, x1, y1 = align._bounds(align._invert(matrix), face_size(256), (480, 360))
+    x0, y0, x1, y1 = geometry.bounds(geometry.invert(matrix), face_size(256), (480, 360))
     outside = np.ones(frame.shape[:2], dtype=bool)
     outside[y0:y1, x0:x1] = False
     assert np.array_equal(restored[outside], frame[outside])

@@ -20,15 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lsync_compile.media.align import (
-    _FILL,
-    Box,
-    Frame,
-    Matrix,
-    _bounds,
-    _invert,
-    face_size,
-)
+from lsync_compile.media.geometry import FILL, Box, Frame, Matrix, bounds, face_size, invert
 
 _LOBES = 4
 
@@ -88,16 +80,16 @@ class BatchAligner:
         self, frames: Sequence[Frame], matrices: Sequence[Matrix], size: tuple[int, int]
     ) -> Tensor:
         """Face squares before resizing, whole levels as float32 (n, 3, h, w)."""
-        to_frame = np.stack([_invert(matrix) for matrix in matrices])
+        to_frame = np.stack([invert(matrix) for matrix in matrices])
         x0, y0, x1, y1 = box = self._box(frames, to_frame, size)
         width, height = size
         if x0 >= x1 or y0 >= y1:
             shape = (len(frames), 3, height, width)
-            return torch.full(shape, float(int(_FILL)), device=self.device)
+            return torch.full(shape, float(int(FILL)), device=self.device)
         to_part = to_frame - np.array([[0, 0, x0], [0, 0, y0]])
         x, y = self._coordinates(to_part, (0, 0, width, height))
         part = self._upload(frames, box)
-        face = _sample(part, x, y) + _FILL * (1 - _coverage(x, y, (x1 - x0, y1 - y0)))
+        face = _sample(part, x, y) + FILL * (1 - _coverage(x, y, (x1 - x0, y1 - y0)))
         return face.to(torch.uint8).float()
 
     def _paste(
@@ -105,14 +97,14 @@ class BatchAligner:
     ) -> list[Frame]:
         """`restore` with faces resized to the face square, (n, 3, h, w)."""
         size = (squares.shape[-1], squares.shape[-2])
-        to_frame = np.stack([_invert(matrix) for matrix in matrices])
+        to_frame = np.stack([invert(matrix) for matrix in matrices])
         x0, y0, x1, y1 = box = self._box(frames, to_frame, size)
         results = [frame.copy() for frame in frames]
         if x0 >= x1 or y0 >= y1:
             return results
         x, y = self._coordinates(np.stack(matrices).astype(np.float64), box)
         coverage = _coverage(x, y, size)
-        face = _sample(squares, x, y) + _FILL * (1 - coverage)
+        face = _sample(squares, x, y) + FILL * (1 - coverage)
         face = (face / 2 + 0.5).clamp_(0, 1).mul_(255)
         mask = _erode(coverage, 1, 0)
         face *= mask
@@ -144,7 +136,7 @@ class BatchAligner:
     def _box(self, frames: Sequence[Frame], to_frame: np.ndarray, size: tuple[int, int]) -> Box:
         """The box of the frames that holds all their faces."""
         height, width = frames[0].shape[:2]
-        boxes = np.array([_bounds(each, size, (width, height)) for each in to_frame])
+        boxes = np.array([bounds(each, size, (width, height)) for each in to_frame])
         inside = boxes[(boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])]
         if not len(inside):
             return 0, 0, 0, 0
