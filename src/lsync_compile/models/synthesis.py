@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lsync_compile.models.unet import UNet3DConditionModel
 from lsync_compile.runtime.context import step_context
+from lsync_compile.runtime.pace import Pace, Walk
 
 if TYPE_CHECKING:  # it brings the libraries for video files along
     from lsync_compile.models.job import Job
@@ -52,8 +53,8 @@ class ChunkSynthesizer:
     :meth:`decode` depend on their arguments alone, so they may run ahead or behind in other
     threads; :meth:`denoise` draws all random numbers and is called for the chunks in their order.
 
-    Made anew for each run and given its networks then; the only thing kept from chunk to chunk is
-    the noise that all frames of a run share.
+    Made anew for each run and given its networks then; kept from chunk to chunk are only the noise
+    that all frames of a run share and, with the options for that, what :class:`.Pace` keeps.
 
     Args:
         vae, unet, scheduler: the pipeline's.
@@ -76,7 +77,11 @@ class ChunkSynthesizer:
     ) -> None:
         self.vae = vae
         self.unet = unet
-        self.scheduler = scheduler
+        session = job.session
+        self.pace = Pace(
+            job.num_inference_steps, session.options if session else None, session, eta=job.eta
+        )
+        self.scheduler = self.pace.solver(scheduler)
         self.job = job
         self.device = device
         self.run = object()  # unequal to every other run's
@@ -115,8 +120,13 @@ class ChunkSynthesizer:
     ) -> Tensor:
         """Clean latents (1, 4, f, h, w) of a chunk; arguments as for a call."""
         conditions = self._condition(prepared, audio)
-        latents = self.noise.expand(-1, -1, len(prepared.pixels), -1, -1)
-        return self._denoise(latents, conditions, chunk, advance)
+        clip = conditions.fixed[:1, -4:]
+        walk = self.pace.begin(
+            chunk, prepared.pixels, clip, self.noise, self.scheduler, self._scheduler_arguments()
+        )
+        latents = self._denoise(walk, conditions, advance)
+        self.pace.finish(walk, latents)
+        return latents
 
     def _initial_noise(self) -> Tensor:
         """(1, 4, 1, h, w): one frame of noise shared by all frames of the run."""
@@ -163,21 +173,10 @@ class ChunkSynthesizer:
         return [((draw - shift) * factor).transpose(0, 1).unsqueeze(0) for draw in draws]
 
     def _denoise(
-        self,
-        latents: Tensor,
-        conditions: Conditions,
-        chunk: int,
-        advance: Callable[[int], None],
+        self, walk: Walk, conditions: Conditions, advance: Callable[[int], None]
     ) -> Tensor:
-        """Noise (1, 4, f, h, w) to clean latents of the same shape."""
-        job = self.job
-        # Set anew for each chunk: multi-step solvers keep the last chunk's history otherwise. On
-        # the host: schedulers look at timesteps in each step, and to read one from a GPU the host
-        # would wait for all that it has given it.
-        self.scheduler.set_timesteps(job.num_inference_steps, device="cpu")
-        latents = latents * self.scheduler.init_noise_sigma
-        extra = self._scheduler_arguments()
-        timesteps = self.scheduler.timesteps
+        """From where a chunk's walk begins to clean latents (1, 4, f, h, w)."""
+        job, latents, timesteps = self.job, walk.latents, walk.timesteps
         on_device, values = timesteps.to(latents.device), timesteps.tolist()
         vouched = vouched_inputs(self.vae, self.unet, guided=job.guided)
         for step, timestep in enumerate(timesteps):
@@ -186,7 +185,7 @@ class ChunkSynthesizer:
             sample = torch.cat([sample, conditions.fixed], dim=1)
             with step_context(
                 self.run,
-                chunk,
+                walk.chunk,
                 step,
                 len(values),
                 "reuse",
@@ -199,8 +198,9 @@ class ChunkSynthesizer:
             if job.guided:
                 null, heard = noise.chunk(2)
                 noise = null + job.guidance_scale * (heard - null)
-            latents = self.scheduler.step(noise, timestep, latents, **extra).prev_sample
-            advance(step + 1)
+            latents = walk.step(step, noise, latents)
+            # Of the steps that were announced, whatever number it took.
+            advance((step + 1) * job.num_inference_steps // len(values))
             if job.callback is not None and step % job.callback_steps == 0:
                 job.callback(step, timestep, latents)
         return latents
