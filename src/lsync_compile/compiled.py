@@ -14,6 +14,7 @@ from torch import nn
 from lsync_compile.errors import OptionError
 from lsync_compile.options import Options
 from lsync_compile.report import Report, Session
+from lsync_compile.runtime.calibration import load_calibrations
 from lsync_compile.runtime.running import running
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class PipelineHandle(Handle):
             }
             for role, module in stale.items():
                 check_free(module, role)
+            self._load_calibrations(modules["unet"], anew="unet" in stale)
             for role, module in stale.items():
                 if role in self._calls:
                     self._calls[role].detach()
@@ -147,6 +149,23 @@ class PipelineHandle(Handle):
                 )
                 call.attach()
                 self._calls[role] = call
+
+    def _load_calibrations(self, unet: nn.Module, *, anew: bool) -> None:
+        """Read what was measured for this UNet, where the options ask for it.
+
+        Raises:
+            OptionError: where nothing was.
+        """
+        options, session = self.options, self._session
+        if not options.deep_cache or options.deep_cache_schedule != "calibrated":
+            return
+        if anew or not session.calibrations:
+            session.calibrations = load_calibrations(unet)
+        if not session.calibrations:
+            raise OptionError(
+                "option deep_cache_schedule='calibrated': this checkpoint has no calibration yet; "
+                "run `lsync calibrate CLIP` first"
+            )
 
     def matches(self, options: Options, *, dynamic: bool, fullgraph: bool) -> bool:
         """Whether what is compiled is right for these arguments; takes over the other options."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lsync_compile.options import Options, preset_note
+from lsync_compile.runtime.calibration import Calibration
 from lsync_compile.runtime.memory import MemoryPools, readable
 
 Kind = Literal["first", "variant", "recompile"]
@@ -224,12 +226,14 @@ class Session:
 
     Attributes:
         memory: the static memory of its captured graphs.
+        calibrations: schedules measured for its UNet, where the options ask for them.
     """
 
     def __init__(self, name: str, options: Options) -> None:
         self.name = name
         self.options = options
         self.memory = MemoryPools()
+        self.calibrations: Mapping[tuple[int, int, str], Calibration] = {}
         self.lock = threading.Lock()
         self._graphs: list[GraphRecord] = []
         self._notes: list[str] = []

@@ -60,15 +60,31 @@ def policy(session: Session, steps: int) -> CachePolicy:
     """What the options say of chunks of so many steps."""
     options = session.options
     return CachePolicy(
-        schedule=schedule(options),
+        schedule=_calibrated(session, steps) or schedule(options),
         order=PREDICTORS[options.deep_cache_predictor],
         blend=options.deep_cache_blend,
         similarity=options.deep_cache_similarity,
     )
 
 
+def _calibrated(session: Session, steps: int) -> CacheSchedule | None:
+    """The schedule that was measured for so many steps; None where none is wanted or there."""
+    options = session.options
+    if options.deep_cache_schedule != "calibrated" or options.deep_cache_steps is not None:
+        return None
+    key = steps, options.deep_cache_branch, options.deep_cache_predictor
+    found = session.calibrations.get(key)
+    if found is None:
+        session.note(
+            f"deep_cache: no calibration for {steps} steps with branch {key[1]} and predictor "
+            f"{key[2]!r}; every {options.deep_cache_interval}. step computes"
+        )
+        return None
+    return CacheSchedule(listed=found.computed)
+
+
 def schedule(options: Options) -> CacheSchedule:
-    """Which steps compute."""
+    """Which steps compute by the options alone."""
     return CacheSchedule(
         interval=options.deep_cache_interval,
         head=options.deep_cache_head,

@@ -155,8 +155,15 @@ def _position(context: StepContext) -> float:
 
 
 def _predict(kept: _Kept, position: float, order: int) -> Tensor:
-    """Lagrange's polynomial through the last ``order + 1`` features, or as many as there are."""
-    places, features = kept.positions[-order - 1 :], kept.features[-order - 1 :]
+    """From the last ``order + 1`` features, or as many as there are."""
+    return extrapolate(kept.positions[-order - 1 :], kept.features[-order - 1 :], position)
+
+
+def extrapolate(places: Sequence[float], features: Sequence[Tensor], position: float) -> Tensor:
+    """Lagrange's polynomial through features at these places, somewhere else.
+
+    The one feature that there is comes back itself.
+    """
     if len(features) == 1:
         return features[0]
     if len(features) == 2:

@@ -1,0 +1,105 @@
+"""Schedules that were measured for one checkpoint, in the user's cache folder.
+
+``lsync calibrate`` writes them (:mod:`lsync_compile.quality.calibrate`), the option
+``deep_cache_schedule="calibrated"`` reads them. A checkpoint is known by its weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SAMPLES = 16  # values of each weight that tell one checkpoint from another
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which steps compute deep features, found on a clip.
+
+    Attributes:
+        steps: denoising steps a chunk.
+        branch, predictor: as the options ``deep_cache_branch`` and ``deep_cache_predictor``.
+        computed: the steps that compute, from 0, in order.
+        mouth_psnr: dB against the same run with all steps computed, on the clip.
+        floor: dB that were asked for.
+        clip: the clip's file name.
+        frames: how many of its frames.
+    """
+
+    steps: int
+    branch: int
+    predictor: str
+    computed: tuple[int, ...]
+    mouth_psnr: float
+    floor: float
+    clip: str
+    frames: int
+
+    @property
+    def key(self) -> tuple[int, int, str]:
+        """What there is one calibration for."""
+        return self.steps, self.branch, self.predictor
+
+
+def calibration_file(unet: nn.Module) -> Path:
+    """Where a UNet's calibrations are, whether or not there are any."""
+    return _cache_folder() / "calibrations" / f"{fingerprint(unet)}.json"
+
+
+def _cache_folder() -> Path:
+    given, base = os.environ.get("LSYNC_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    home = Path(base) if base else Path.home() / ".cache"
+    return Path(given) if given else home / "lsync-compile"
+
+
+@torch.no_grad()
+def fingerprint(module: nn.Module) -> str:
+    """Hex digest that tells the weights of modules apart, the same in all number formats.
+
+    Of each weight the name, the shape and a few values as float16: a checkpoint in half precision
+    loaded in float32 is the same.
+    """
+    digest, values = hashlib.sha256(), []
+    for name, weight in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        flat = weight.detach().flatten()
+        values.append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].half())
+    if values:
+        digest.update(torch.cat(values).cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def load_calibrations(unet: nn.Module) -> dict[tuple[int, int, str], Calibration]:
+    """All calibrations of a UNet by :attr:`Calibration.key`; a file of another version has none."""
+    path = calibration_file(unet)
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["version"] != VERSION:
+        return {}
+    found = (Calibration(**_tupled(each)) for each in content["calibrations"])
+    return {each.key: each for each in found}
+
+
+def save_calibration(unet: nn.Module, calibration: Calibration) -> Path:
+    """File a calibration in place of the one of the same key; returns the file."""
+    known = {**load_calibrations(unet), calibration.key: calibration}
+    path = calibration_file(unet)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(known[key]) for key in sorted(known)]
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps({"version": VERSION, "calibrations": rows}, indent=1))
+    unfinished.replace(path)  # at once: another process may be reading
+    return path
+
+
+def _tupled(values: dict[str, Any]) -> dict[str, Any]:
+    return {**values, "computed": tuple(values["computed"])}
