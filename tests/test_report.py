@@ -111,3 +111,22 @@ def test_threads_count_every_call() -> None:
     for thread in threads:
         thread.join()
     assert made.report().counters["calls"] == 8000
+
+
+def test_optimisations_count_and_work_is_timed() -> None:
+    session = Session("pipe", resolve_options())
+    session.count("face cache", frames=0, near=0)
+    session.count("face cache", frames=3)
+    session.most("face cache", worst_px=1.5)
+    session.most("face cache", worst_px=0.5)
+    session.count("encodings", bytes=3 * 2**20)
+    session.time("decode", 0.25)
+    session.time("decode", 0.75)
+    report = session.report()
+    session.count("face cache", frames=1)
+    assert report.features["face cache"] == {"frames": 3, "near": 0, "worst_px": 1.5}
+    text = str(report)
+    assert "face cache: frames 3, near 0, worst px 1.5" in text
+    assert "encodings: bytes 3.0 MiB" in text
+    assert "time: decode 1.00 s in 2 calls (500.0 ms each)" in text
+    assert json.loads(json.dumps(report.to_dict()))["times"]["decode"]["calls"] == 2
