@@ -282,7 +282,7 @@ class _Records:
         if row < 0:
             return None
         data = np.array(self._data[row])
-        if zlib.crc32(data) != check:
+        if zlib.crc32(data.tobytes()) != check:
             return None
         return torch.from_numpy(data).view(self._dtype).reshape(self._shape)
 
