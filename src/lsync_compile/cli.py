@@ -121,13 +121,20 @@ def _root(
 
 @app.command()
 def sync(
-    video: Annotated[Path, typer.Argument(help="Clip with one talking face.")],
+    video: Annotated[Path | None, typer.Argument(help="Clip with one talking face.")] = None,
     audio: Annotated[
         Path | None, typer.Argument(help="Speech to sync to; the clip's own sound if left out.")
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="MP4 to write; replaced only when finished.")
     ] = Path("out.mp4"),
+    jobs: Annotated[
+        Path | None,
+        typer.Option(help="CSV of video, audio, output: many clips instead of VIDEO and AUDIO."),
+    ] = None,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="With --jobs, also those whose output exists.")
+    ] = False,
     checkpoint: Checkpoint = "mini",
     resolution: Resolution = None,
     preset: Annotated[Preset, typer.Option(help="Options as a set.")] = Preset.balanced,
@@ -176,10 +183,14 @@ def sync(
     import torch
 
     import lsync_compile
+    from lsync_compile.jobs import ListedJob, read_jobs, run_jobs, summarise, tell_outcome
     from lsync_compile.runtime.timeline import check_trace_path
 
     if trace is not None:
         check_trace_path(trace)
+    if (video is None) == (jobs is None):
+        raise OptionError("give VIDEO or --jobs LIST.csv, one of the two")
+    listed = read_jobs(jobs) if jobs is not None else []
     place = choose_device(device)
     console = Console(stderr=True, quiet=quiet or as_json)
     with console.status(f"Loading {checkpoint} on {place} …"):
@@ -205,20 +216,28 @@ def sync(
             "--no-compile leaves nothing for --lowering, --strict, --clip-cache or --trace to "
             "act on"
         )
-    with _progress(console, "Syncing") as advance:
-        result = pipe(
-            video_path=video,
-            audio_path=audio,
-            video_out_path=output,
-            num_frames=num_frames,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            mask_image_path=mask,
-            generator=torch.Generator(place).manual_seed(seed),
-            on_missing_face=on_missing_face.value,
-            max_frames=max_frames,
-            progress=advance,
-        )
+
+    def run(job: ListedJob) -> Any:
+        with _progress(console, f"Syncing {job.output.name}") as advance:
+            return pipe(
+                video_path=job.video,
+                audio_path=job.audio,
+                video_out_path=job.output,
+                num_frames=num_frames,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                mask_image_path=mask,
+                generator=torch.Generator(place).manual_seed(seed),
+                on_missing_face=on_missing_face.value,
+                max_frames=max_frames,
+                progress=advance,
+            )
+
+    if video is None:
+        outcomes = run_jobs(listed, run, redo=redo, tell=lambda each: tell_outcome(console, each))
+        summarise(outcomes, pipe.lsync.report() if compiled else None, report, as_json, quiet)
+        return
+    result = run(ListedJob(0, video, audio, output))
     summary = {
         "output": str(output),
         "frames": result.num_frames,
