@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lsync_compile.kernels.lip_tables import encode_region
+from lsync_compile.kernels.upsample_conv import phases_of
 
 Draw = Callable[..., Tensor]  # shape -> numbers of that shape
 
@@ -52,6 +53,7 @@ def cases(
             ("linear_geglu", "", _linear_geglu),
             ("add_layer_norm", "", _add_layer_norm),
             ("layer_norm", "", _layer_norm),
+            ("upsample_conv", "to ", _upsample_conv),
         )
     ]
     if levels == LEVELS:
@@ -175,5 +177,19 @@ def _layer_norm(
     def arguments(draw: Draw) -> tuple[Any, ...]:
         x, weight, bias = draw(batch * frames, side * side, width), draw(width), draw(width)
         return x, weight, bias, 1e-5, draw(frames, width)
+
+    return arguments
+
+
+def _upsample_conv(
+    side: int, width: int, batch: int, frames: int
+) -> Callable[[Draw], tuple[Any, ...]]:
+    """To pictures of ``side``; weights scaled as in a network."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        x = draw(batch * frames, side // 2, side // 2, width).movedim(-1, 1)
+        weight = draw(width, 3, 3, width).movedim(-1, 1) * (9 * width) ** -0.5
+        phases = phases_of(weight.float()).to(weight.dtype)
+        return x, weight, draw(width), phases
 
     return arguments

@@ -116,6 +116,13 @@ class Options:
         default=True,
         metadata=_about("Pass: residual sums with the layer norm after them in one kernel."),
     )
+    fuse_upsample_conv: bool = field(
+        default=False,
+        metadata=_about(
+            "Pass: convolve enlarged pictures as four smaller convolutions, where timing finds "
+            "that faster."
+        ),
+    )
     fuse_layer_norm: bool = field(
         default=False,
         metadata=_about("Pass: layer norms that no sum precedes in one kernel."),

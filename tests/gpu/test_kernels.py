@@ -29,6 +29,7 @@ CUDA = torch.device("cuda")
 # The package's attribute of that name is the op.
 attention = importlib.import_module("lsync_compile.kernels.spatial_attention")
 products = importlib.import_module("lsync_compile.kernels.linear_geglu")
+enlarged = importlib.import_module("lsync_compile.kernels.upsample_conv")
 LEVELS = ((64, 320), (32, 640), (16, 1280), (8, 1280))
 BATCH, FRAMES = 2, 16
 
@@ -192,6 +193,26 @@ def test_add_layer_norm(draw, side, width):
 
 
 # Elsewhere one configuration has to do: each is compiled for each dtype and size.
+
+
+@pytest.mark.parametrize(("side", "width"), [(32, 640), (16, 1280), (8, 1280)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_upsample_conv_in_both_ways(draw, side, width, dtype):
+    """Ten pictures, as float64 has no fast convolution."""
+    x = draw(10, side, side, width, dtype=dtype).movedim(-1, 1)
+    weight = draw(width, 3, 3, width, dtype=dtype).movedim(-1, 1) * (9 * width) ** -0.5
+    bias = draw(width, dtype=dtype)
+    phases = enlarged.phases_of(weight.float()).to(dtype)
+    expected = enlarged.upsample_conv_reference(*(t.double() for t in (x, weight, bias, phases)))
+    bound = registered()["upsample_conv"].tolerances[dtype].relative
+    for name, call in enlarged.KERNELS.items():
+        with poisoned_memory():
+            out = call(x, weight, bias, phases)
+        assert largest_error(out, (expected,)) <= bound, name
+        assert out.is_contiguous(memory_format=torch.channels_last), name
+    enlarged._chosen.clear()
+    judge("upsample_conv", x, weight, bias, phases)
+    assert next(iter(enlarged._chosen.values())) in enlarged.KERNELS
 
 
 @pytest.mark.parametrize(("side", "width"), LEVELS)

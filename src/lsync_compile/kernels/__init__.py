@@ -21,6 +21,7 @@ from lsync_compile.kernels.temporal_attention import (
     temporal_attention,
     temporal_attention_reference,
 )
+from lsync_compile.kernels.upsample_conv import upsample_conv, upsample_conv_reference
 
 __all__ = [
     "KernelSpec",
@@ -43,4 +44,6 @@ __all__ = [
     "spatial_attention_reference",
     "temporal_attention",
     "temporal_attention_reference",
+    "upsample_conv",
+    "upsample_conv_reference",
 ]
