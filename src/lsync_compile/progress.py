@@ -18,7 +18,8 @@ from dataclasses import dataclass
 log = logging.getLogger(__name__)
 
 # Seconds that Inductor takes for an operation of a captured graph, by device, with empty caches.
-# cuda: benchmarks/results/unet_step_baselines.json, 149 s for some 4,200; cpu: small networks on two cores.
+# cuda: 149 s for some 4,200, benchmarks/results/unet_step_baselines.json; cpu: small networks on
+# two cores.
 SECONDS_AN_OPERATION = {"cuda": 0.035, "cpu": 0.1}
 WORTH_SAYING = 5.0  # seconds; shorter waits are not announced
 
