@@ -7,8 +7,10 @@
     lsync to=NAME                  with NAME and all that come before it: a step of the waterfall
     lsync only=NAME                with NAME alone
     lsync without=NAME             with all but NAME
+    lsync with=NAME+NAME           with fusions that are off in ``exact`` as well
 
 NAME is a boolean option that is on in ``exact``: the passes in running order, then the others.
+After ``with=`` it is a fusion that is off, see :func:`candidates`.
 """
 
 from __future__ import annotations
@@ -55,6 +57,13 @@ def switches() -> list[str]:
     ]
 
 
+def candidates() -> list[str]:
+    """Fusions that are off in ``exact`` until they are timed, in running order."""
+    exact = resolve_options("exact")
+    names = (cls.spec.option for cls in ordered(registered().values()))
+    return [name for name in names if name.startswith("fuse_") and not getattr(exact, name)]
+
+
 def options_of(variant: str) -> dict[str, Any] | None:
     """Options of a variant of lsync; None for "eager" and "inductor".
 
@@ -74,6 +83,9 @@ def options_of(variant: str) -> dict[str, Any] | None:
             return {**common, "lowering": "eager"}
         if words[1] == "none":
             return {**common, **dict.fromkeys(names, False)}
+        more = name.split("+")
+        if kind == "with" and set(more) <= set(candidates()):
+            return {**common, **dict.fromkeys(more, True)}
         if kind in WATERFALLS and name in names:
             place = names.index(name)
             on = {
@@ -87,7 +99,9 @@ def options_of(variant: str) -> dict[str, Any] | None:
 
 def all_variants() -> list[str]:
     """Every name that :func:`options_of` takes."""
-    return ["eager", "inductor", "lsync lowering=eager", "lsync", *waterfall(*WATERFALLS)]
+    more = [*candidates(), "+".join(candidates())] if candidates() else []
+    plain = ["eager", "inductor", "lsync lowering=eager", "lsync"]
+    return [*plain, *(f"lsync with={name}" for name in more), *waterfall(*WATERFALLS)]
 
 
 def waterfall(*kinds: str) -> list[str]:

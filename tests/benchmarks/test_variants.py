@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from captures import Attention, Vae, picture
-from variants import all_variants, compiled, options_of, switches, waterfall
+from variants import all_variants, candidates, compiled, options_of, switches, waterfall
 
 from lsync_compile.options import resolve_options
 from lsync_compile.passes.manager import ordered
@@ -44,7 +44,20 @@ def test_each_name_stands_for_its_options() -> None:
         resolve_options(None, options_of(variant))
 
 
-@pytest.mark.parametrize("name", ["lsyn", "lsync only=gone", "lsync what", "lsync to", ""])
+def test_fusions_that_are_off_are_added_to_exact() -> None:
+    extra = candidates()
+    assert not set(extra) & set(switches())
+    for name in filter(None, ("+".join(extra), *extra)):
+        variant = f"lsync with={name}"
+        assert variant in all_variants()
+        options = resolve_options(None, options_of(variant))
+        assert [each for each in extra if getattr(options, each)] == name.split("+")
+        assert on(variant) == switches()
+
+
+@pytest.mark.parametrize(
+    "name", ["lsyn", "lsync only=gone", "lsync with=fuse_qkv+gone", "lsync what", "lsync to", ""]
+)
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="no variant"):
         options_of(name)
