@@ -14,6 +14,7 @@ larger than the cache. No new Inductor variant or case starts once ``--budget`` 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 import math
@@ -30,7 +31,7 @@ from kernel_cases import LEVELS, Case, cases
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lsync_compile.kernels import registered
+from lsync_compile.kernels import attention_stream, registered
 from lsync_compile.kernels.accuracy import error, exact, largest_error
 from lsync_compile.kernels.launch import runs_kernel
 from lsync_compile.kernels.spatial_attention_kernels import flash_attention, takes
@@ -138,8 +139,14 @@ def by_head(arguments: tuple[Any, ...]) -> list[Variant]:
     def merge(out: Tensor) -> Tensor:
         return out.transpose(1, 2).flatten(2)
 
-    own = [Variant("own kernel", flash_attention, split, merge)]
-    return (own if runs_kernel(like) and takes(*split(*arguments), None) else []) + [
+    own, views = [], split(*arguments)
+    if runs_kernel(like) and takes(*views, None):
+        own.append(Variant("own kernel", flash_attention, split, merge))
+    if runs_kernel(like) and attention_stream.takes(*views):
+        for way in attention_stream.WAYS:
+            call = functools.partial(attention_stream.attend, way)
+            own.append(Variant(f"own kernel, {way}", call, split, merge))
+    return own + [
         Variant(f"sdpa {backend.name.lower()}{label}", attention(backend), prepare, merge)
         for backend in backends(like)
         for label, prepare in (("", split), (", heads apart", copied))
