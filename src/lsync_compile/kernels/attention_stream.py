@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """FlashAttention fed by Hopper's copy engine, for narrow heads and many keys.
 
-The algorithm is FlashAttention's (Dao, 2023, https://arxiv.org/abs/2307.08691). The copy engine reads
-heads out of rows of tokens, slices of a fused projection included, and fills a head of 40 channels
-up to 64 with zeros; addresses and masks cost no registers. Not among what
+The algorithm is FlashAttention's (Dao, 2023, https://arxiv.org/abs/2307.08691). The copy engine
+reads heads out of rows of tokens, slices of a fused projection included, and fills a head of 40
+channels up to 64 with zeros; addresses and masks cost no registers. Not among what
 `lsync_compile.kernels.spatial_attention` chooses from until it has been timed:
 ``benchmarks/kernels.py`` times each of `WAYS` beside it.
 
