@@ -102,7 +102,10 @@ def calls(report: Any, made: Any, row: Row) -> tuple[float, float]:
     caches = [graph.deep_cache for graph in report.graphs if graph.deep_cache] if report else []
     chunks = len(made.starts)
     reused = sum(cache.reused for cache in caches) / chunks
-    return row.steps - reused, reused
+    # Several features count the steps that they save together.
+    counted = report.features.values() if report else []
+    saved = max((counters.get("steps_saved", 0) for counters in counted), default=0) / chunks
+    return row.steps - saved - reused, reused
 
 
 def scores(result: Any, base: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Row:
         options: of ``lsync_compile.compile`` on top of the preset ``exact``; None is the plain
             pipeline.
         steps: denoising steps a chunk.
-        solver: a key of ``lsync_compile.quality.runs.SOLVERS``.
+        solver: a key of ``lsync_compile.runtime.timesteps.SOLVERS``.
     """
 
     name: str
@@ -32,6 +32,16 @@ def deep(name: str, steps: int = 20, **options: Any) -> Row:
     """A row of DeepCacheUNet; options without their prefix ``deep_cache_``."""
     named = {f"deep_cache_{key}": value for key, value in options.items()}
     return Row(name, {"deep_cache": True, **named}, steps)
+
+
+def temporal(start: str, steps: int) -> dict[str, Any]:
+    """Options of TemporalCoherenceOptimizer: chunks after the first in so many of 20 steps."""
+    return {"temporal_start": start, "temporal_strength": steps / 20}
+
+
+def adaptive(minimum: int) -> dict[str, Any]:
+    """Options of AdaptiveTimestepScheduler with its own thresholds."""
+    return {"adaptive_steps": True, "adaptive_min_steps": minimum}
 
 
 # What every optimisation has to beat: the same time by fewer steps.
@@ -67,6 +77,28 @@ DEEP_CACHE_AND_FEWER_STEPS = [
     deep("8 steps, 3/0 linear", 8, interval=3, head=2, predictor="linear"),
 ]
 
+DEEP_2_0 = {"deep_cache": True, "deep_cache_interval": 2}
+
+# Steps of the base schedule left out evenly; then with what long steps missed before added to them.
+PACE = [
+    *(Row(f"{n} steps, spread", {"few_steps": n}) for n in (10, 8, 5, 4, 3, 2)),
+    *(Row(f"path, {n} steps", temporal("path", n)) for n in (10, 5, 4, 3, 2)),
+    Row("path, 3 steps, refresh 4", {**temporal("path", 3), "temporal_refresh": 4}),
+    Row("path, 3 to 20 steps, adaptive", {**temporal("path", 3), **adaptive(3)}),
+    Row("adaptive, 10 to 30 steps", adaptive(10)),
+    Row("renoise, 15 steps", temporal("renoise", 15)),
+    Row("renoise, 10 steps", temporal("renoise", 10)),
+    Row("5 steps, spread, dpmpp_2m", {"few_steps": 5, "solver": "dpmpp_2m"}),
+    Row("path, 5 steps, 2/0", {**temporal("path", 5), **DEEP_2_0}),
+]
+
+# Found around the networks: they change where a face is cut, by the detector's own noise.
+FACES = [
+    Row("tracked faces", {"track_faces": True}),
+    Row("near faces, 1 px", {"face_tolerance": 1.0}),
+]
+
+
 ROWS = [
     Row("plain"),
     Row("exact", {}),
@@ -74,4 +106,5 @@ ROWS = [
     *PACKAGE,
     *DEEP_CACHE,
     *DEEP_CACHE_AND_FEWER_STEPS,
+    *PACE,
 ]

@@ -75,7 +75,11 @@ def test_frames_are_the_same_bits_and_a_second_clip_compiles_nothing(
     graphs = counters["stats"]["unique_graphs"]
     with torch._dynamo.config.patch(error_on_recompile=True):
         run(fast, steps=3, source=make_clip(5, name="other.mp4"))
+        paced = {**EXACT, "temporal_start": "path", "temporal_strength": 0.5}
+        assert torch.compile(tiny_pipeline, backend="lsync", options=paced) is fast
+        run(fast, steps=4)
     assert counters["stats"]["unique_graphs"] == graphs
+    assert fast.lsync.report().features["temporal_start"]["steps_saved"] == 2
 
     plain = fast.lsync.undo()
     assert plain is tiny_pipeline
