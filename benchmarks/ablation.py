@@ -89,7 +89,6 @@ def measure_quality(arguments: argparse.Namespace) -> None:
             "computed": computed,
             "reused": reused,
             "cost_in_steps": round(computed + SHALLOW * reused, 3),
-            "seconds_a_chunk": round(setting.num_frames / result.frames_per_second, 3),
             **scores(result, base),
         }
         merge_results(QUALITY, question, device, [filed], ("row",))
