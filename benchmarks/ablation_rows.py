@@ -34,6 +34,15 @@ def deep(name: str, steps: int = 20, **options: Any) -> Row:
     return Row(name, {"deep_cache": True, **named}, steps)
 
 
+def lip(name: str, decode: bool = False, deep_interval: int = 0, **options: Any) -> Row:
+    """A row of OptimizedLipAttention; options without their prefix ``lip_``."""
+    named: dict[str, Any] = {f"lip_{key}": value for key, value in options.items()}
+    if deep_interval:
+        cache = deep("", interval=deep_interval, head=2, predictor="linear")
+        named.update(cache.options or {})
+    return Row(name, {"lip_attention": True, "crop_decode": decode, **named})
+
+
 def temporal(start: str, steps: int) -> dict[str, Any]:
     """Options of TemporalCoherenceOptimizer: chunks after the first in so many of 20 steps."""
     return {"temporal_start": start, "temporal_strength": steps / 20}
@@ -77,6 +86,26 @@ DEEP_CACHE_AND_FEWER_STEPS = [
     deep("8 steps, 3/0 linear", 8, interval=3, head=2, predictor="linear"),
 ]
 
+LIP_ATTENTION = [
+    lip("lip attention, cells of 2", pool="2"),
+    lip("lip attention, cells of 4", pool="4"),
+    lip("lip attention, cells of 4, no halo", pool="4", halo=0),
+    lip("lip attention, cells of 2, weight 1.5", pool="2", weight=1.5),
+]
+
+# Of the decoder alone: the speed of the UNet's steps stays.
+CROP_DECODE = [
+    Row(f"crop decode, {kind}", {"crop_decode": True, "crop_statistics": kind})
+    for kind in ("own", "first", "both")
+]
+
+MULTI_SCALE = [
+    *LIP_ATTENTION,
+    *CROP_DECODE,
+    lip("multi-scale: cells of 4, crop decode", pool="4", decode=True),
+    lip("multi-scale with 3/0 linear", pool="4", decode=True, deep_interval=3),
+]
+
 DEEP_2_0 = {"deep_cache": True, "deep_cache_interval": 2}
 
 # Steps of the base schedule left out evenly; then with what long steps missed before added to them.
@@ -106,5 +135,7 @@ ROWS = [
     *PACKAGE,
     *DEEP_CACHE,
     *DEEP_CACHE_AND_FEWER_STEPS,
+    *MULTI_SCALE,
     *PACE,
+    *FACES,
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from common import mouth_mask
 from torch import Tensor
 
 from lsync_compile.kernels.lip_tables import encode_region
@@ -85,13 +85,12 @@ def _attention_within_frames(
 def _lip_attention(
     side: int, width: int, batch: int, frames: int
 ) -> Callable[[Draw], tuple[Any, ...]]:
-    """As many latents, on as many rows, as the built-in mask has; a halo of 1, cells of 2x2."""
+    """A halo of one token around the mouth, cells of 2x2 elsewhere."""
 
     def arguments(draw: Draw) -> tuple[Any, ...]:
         q, k, v = draw(batch * frames, side * side, 3 * width).chunk(3, dim=2)
-        mouth = torch.zeros(64, 64, dtype=torch.bool)
-        mouth[23:61, 9:55] = True
-        return q, k, v, HEADS, encode_region(mouth), 1, 2, 2, 1.0, None
+        region = encode_region(mouth_mask(64)[0] < 0.5)
+        return q, k, v, HEADS, region, 1, 2, 2, 1.0, None
 
     return arguments
 

@@ -34,6 +34,7 @@ from common import (
     largest_error,
     measure,
     merge_results,
+    mouth_mask,
     recorded,
     relative_error,
 )
@@ -46,6 +47,7 @@ import lsync_compile
 from lsync_compile.models.scheduler import default_scheduler
 from lsync_compile.models.unet import UNet3DConditionModel
 from lsync_compile.runtime.context import step_context
+from lsync_compile.runtime.region import make_region, mouth_region
 
 SMALL = {**STAGE2_512, "sample_size": 16, "block_out_channels": (32, 64, 64, 64)}
 KEY = ("variant", "guidance", "dtype", "latents", "frames")
@@ -110,6 +112,8 @@ class Steps:
         self.vouched = frozenset(promises if guided else promises[:1])
         self.run = object()
         self.done = 0
+        side = inputs["sample"].shape[-1]
+        self.region = make_region(mouth_mask(side), side)
 
     def __call__(self, step: int | None = None) -> torch.Tensor:
         """The next step; or the first of a new chunk with ``inputs``' own timestep if ``step``
@@ -128,6 +132,7 @@ class Steps:
             step_context(
                 self.run, chunk, place, steps, "reuse", timestep=value, vouched=self.vouched
             ),
+            mouth_region(self.region),
             torch.no_grad(),
         ):
             output: torch.Tensor = self.call(**arguments).sample

@@ -19,6 +19,7 @@ from lsync_compile.kernels import (
 )
 from lsync_compile.kernels.accuracy import error, largest_error, poisoned_memory
 from lsync_compile.kernels.launch import Kernel
+from lsync_compile.kernels.lip_tables import encode_region
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, and torch sees none", allow_module_level=True)
@@ -125,6 +126,28 @@ def test_spatial_attention_is_captured_without_timing(draw):
     with torch.cuda.graph(graph):
         out = torch.ops.lsync.spatial_attention(q, k, v, 8)
     assert not attention._chosen
+    graph.replay()
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize(("side", "width"), LEVELS)
+def test_lip_attention(draw, side, width):
+    q, k, v = draw(BATCH * FRAMES, side * side, 3 * width).chunk(3, dim=2)
+    mouth = torch.zeros(64, 64, dtype=torch.bool)
+    mouth[23:61, 9:55] = True
+    region = encode_region(mouth)
+    judge("lip_attention", q, k, v, 8, region, 1, 2, 2, 1.0, None)
+    judge("lip_attention", *(x.contiguous() for x in (q, k, v)), 8, region, 0, 4, 2, 1.5, 0.1)
+
+
+def test_lip_attention_is_captured(draw):
+    """Its tables are made in the first call and stay where they are."""
+    q, k, v = draw(3, 2, 64, 320)
+    settings = (8, "8:3c3c3c", 0, 2, 2, 1.0)
+    expected = torch.ops.lsync.lip_attention(q, k, v, *settings)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = torch.ops.lsync.lip_attention(q, k, v, *settings)
     graph.replay()
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=2e-3)
 

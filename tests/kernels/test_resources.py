@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 # Their tiles fill the registers, and the copy engine or asynchronous copies feed them.
-PRODUCTS = {"linear_geglu_tiles"}
+PRODUCTS = {"linear_geglu_tiles", "linear_geglu_stream"}
 
 
 @pytest.fixture
@@ -43,14 +43,17 @@ def test_every_kernel_compiles_for_sm90_without_spills(script):
             continue
         assert row["registers"] <= 128, row
         assert row["programs"] >= 2, row
-        if launch.kernel.name != "group_norm_affine":  # it reads a few channels of each run
+        # These read a few channels of each run, and a table of tokens.
+        if launch.kernel.name not in ("group_norm_affine", "lip_rows"):
             assert row["loads16"] > 0.5 * row["loads"], row
     assert compiled == {
         "temporal_attention",
         "spatial_attention",
+        "lip_rows",
         "softmax_weights",
         "geglu",
         "linear_geglu_tiles",
+        "linear_geglu_stream",
         "add_layer_norm",
         "group_norm_small",
         "group_norm_moments",

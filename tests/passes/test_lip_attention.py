@@ -26,7 +26,7 @@ from lsync_compile.runtime.region import MouthRegion, make_region, mouth_region
 __all__ = ["mini", "recorded_chunks"]  # fixtures
 
 OP = "lsync.lip_attention.default"
-REGION = make_region(mouth_mask(128), 16, pool=2)
+REGION = make_region(mouth_mask(128), 16, pool=4)
 
 
 def rewritten(
@@ -61,7 +61,7 @@ def test_the_real_unet() -> None:
     for node in lip_nodes(after):
         assert node.args[4] == REGION.cells
         level = 16 // int(node.args[0].meta["example_value"].shape[1] ** 0.5)
-        assert node.args[5:8] == (1, 2 // level, 2 // level)
+        assert node.args[5:8] == (1, 4 // level, 4 // level)
         assert {each.target for each in node.args[:3]} == {torch.nn.functional.linear}
         assert {each.target for each in node.users} == {torch.nn.functional.linear}
     plain, changed = result(gm, inputs), result(after, inputs)
@@ -72,7 +72,7 @@ def test_the_real_unet() -> None:
 
 def test_a_region_of_everything_is_plain_attention() -> None:
     _, gm, inputs = captured_unet()
-    everything = make_region(torch.zeros(1, 16, 16), 16, pool=2)
+    everything = make_region(torch.zeros(1, 16, 16), 16, pool=4)
     after, record = rewritten(gm, everything)
     assert record.matches == 10
     torch.testing.assert_close(result(after, inputs), result(gm, inputs), rtol=1e-4, atol=1e-4)
@@ -82,6 +82,13 @@ def test_options_say_how() -> None:
     _, gm, _ = captured_unet()
     after, _ = rewritten(gm, lip_pool="4", lip_halo=3, lip_weight=1.5)
     assert {node.args[5:9] for node in lip_nodes(after)} == {(3, 4, 4, 1.5), (2, 2, 2, 1.5)}
+
+
+def test_levels_that_would_not_be_pooled_stay() -> None:
+    _, gm, _ = captured_unet()
+    after, record = rewritten(gm, lip_pool="2")  # one token of the second level
+    assert record.matches == 5
+    assert {node.args[5:9] for node in lip_nodes(after)} == {(1, 2, 2, 1.0)}
 
 
 def test_projections_are_still_joined() -> None:
@@ -114,7 +121,7 @@ def test_vetoes(options: dict, region: MouthRegion | None, reason: str) -> None:
 def test_other_networks_stay_as_they_are() -> None:
     gm, _ = stable_diffusion_unet()
     assert rewritten(gm, target="module")[1].outcome == "not for this graph"
-    other = make_region(mouth_mask(96), 12, pool=2)  # levels of 12 and 6, which this has not
+    other = make_region(mouth_mask(96), 12, pool=4)  # levels of 12 and 6, which this has not
     assert rewritten(gm, other)[1].outcome == "no match"
 
 
@@ -122,7 +129,7 @@ def test_quality_with_the_trained_model(
     mini: LatentSyncPipeline, recorded_chunks: list[RecordedChunk]
 ) -> None:
     """Far above the bar of `balanced`, 35 dB; without a region the option changes nothing."""
-    chunk, region = recorded_chunks[-1], make_region(mini.mask, 32, pool=2)
+    chunk, region = recorded_chunks[-1], make_region(mini.mask, 32, pool=4)
     with torch.no_grad():
         fast = lsync_compile.compile(mini, lowering="eager", lip_attention=True, compile_vae=False)
         try:

@@ -145,12 +145,13 @@ def grouping_on(
 ) -> Grouping:
     """:func:`grouping` on a device; kept for good, as captured graphs know its address."""
     settings = (region, tokens, halo, pool, lip_weight)
-    return _kept((device, *settings), lambda: grouping(*settings).to(device))
+    groups: Grouping = _kept((device, *settings), lambda: grouping(*settings).to(device))
+    return groups
 
 
 def query_channels(groups: Grouping) -> Tensor:
     """(G, 2) float32: what :func:`key_channels` is multiplied by."""
-    return _kept((groups, "queries"), lambda: groups.log_weights.new_ones(len(groups), 2).float())
+    return _tensor((groups, "queries"), lambda: groups.log_weights.new_ones(len(groups), 2).float())
 
 
 def key_channels(groups: Grouping, factor: float, dtype: torch.dtype) -> Tensor:
@@ -164,12 +165,17 @@ def key_channels(groups: Grouping, factor: float, dtype: torch.dtype) -> Tensor:
         high = values.to(dtype).double()
         return torch.stack([high, (values - high).to(dtype).double()], dim=1).float()
 
-    return _kept((groups, factor, dtype), make)
+    return _tensor((groups, factor, dtype), make)
 
 
 def tokens_alone(groups: Grouping) -> Tensor:
     """(L,) int32: one token each, the counts for copying groups' results to their tokens."""
-    return _kept((groups, "tokens"), lambda: torch.ones_like(groups.group_of))
+    return _tensor((groups, "tokens"), lambda: torch.ones_like(groups.group_of))
+
+
+def _tensor(key: object, make: Callable[[], Tensor]) -> Tensor:
+    kept: Tensor = _kept(key, make)
+    return kept
 
 
 def _kept(key: object, make: Callable[[], Any]) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lsync_compile.models.unet import UNet3DConditionModel
 from lsync_compile.runtime.context import step_context
+from lsync_compile.runtime.multiscale import MultiScaleProcessor
 from lsync_compile.runtime.pace import Pace, Walk
 
 if TYPE_CHECKING:  # it brings the libraries for video files along
@@ -87,6 +88,7 @@ class ChunkSynthesizer:
         self.run = object()  # unequal to every other run's
         self.joint_encoding = device.type != "cpu"
         self.noise = self._initial_noise()
+        self.scales = MultiScaleProcessor(job.mask, self.noise.shape[-1], job.session)
 
     @torch.no_grad()
     def __call__(
@@ -109,10 +111,13 @@ class ChunkSynthesizer:
     @torch.no_grad()
     def prepare(self, faces: Tensor) -> Prepared:
         """Encode faces (f, 3, R, R) uint8, masked and as they are."""
-        pixels = (faces.to(self.device).float() / 255.0 - 0.5) / 0.5
-        dtype = self.unet.dtype
+        pixels, dtype = self.pixels(faces), self.unet.dtype
         masked = (pixels * self.job.mask).to(dtype)
         return Prepared(pixels, self._moments([masked, pixels.to(dtype)]))
+
+    def pixels(self, faces: Tensor) -> Tensor:
+        """Faces (f, 3, R, R) uint8 as the networks see them, in [-1, 1] on the device."""
+        return (faces.to(self.device).float() / 255.0 - 0.5) / 0.5
 
     @torch.no_grad()
     def denoise(
@@ -124,7 +129,8 @@ class ChunkSynthesizer:
         walk = self.pace.begin(
             chunk, prepared.pixels, clip, self.noise, self.scheduler, self._scheduler_arguments()
         )
-        latents = self._denoise(walk, conditions, advance)
+        with self.scales.telling(prepared.pixels):
+            latents = self._denoise(walk, conditions, advance)
         self.pace.finish(walk, latents)
         return latents
 
@@ -217,7 +223,8 @@ class ChunkSynthesizer:
         mask = self.job.mask
         shift = self.vae.config.shift_factor or 0.0
         flat = (latents / self.vae.config.scaling_factor + shift)[0].transpose(0, 1)
-        decoded: Tensor = self.vae.decode(flat).sample
+        with self.scales.telling(pixels):
+            decoded: Tensor = self.vae.decode(flat).sample
         return decoded * (1 - mask).to(decoded.dtype) + (pixels * mask).to(decoded.dtype)
 
 

@@ -74,14 +74,19 @@ class LipAttention(Pass):
         region, options = context.region, context.options
         assert region is not None  # veto
         pool = self._pool(context)
-        found = [each for each in plain_attentions(gm.graph) if _within_frames(each, region)]
-        for each in found:
+        found = 0
+        for each in plain_attentions(gm.graph):
+            if not _within_frames(each, region):
+                continue
             level = region.side // math.isqrt(_tokens(each))
             cells = max(1, pool // level)  # of as many pixels at each level
             halo = -(-options.lip_halo // level)
+            if cells == 1 and options.lip_weight == 1:
+                continue
             settings = (region.cells, halo, cells, cells, options.lip_weight, each.scale)
             attend_by_rows(each, OP, *settings)
-        return len(found)
+            found += 1
+        return found
 
     @staticmethod
     def _pool(context: PassContext) -> int:
