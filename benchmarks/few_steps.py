@@ -24,8 +24,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from lsync_compile.models.pipeline import LatentSyncPipeline
 from lsync_compile.quality.compare import Clip, Compiler, Result, Study, compare
 from lsync_compile.quality.floors import codec_floor, precision_floor
-from lsync_compile.quality.runs import SOLVERS, SPACINGS, Setting
+from lsync_compile.quality.runs import SPACINGS, Setting
 from lsync_compile.quality.tables import number, print_tables
+from lsync_compile.runtime.timesteps import SOLVERS
 
 RESULTS = Path(__file__).parent / "results"
 

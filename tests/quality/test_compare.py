@@ -17,8 +17,9 @@ from lsync_compile.media.audio import load_audio
 from lsync_compile.quality import metrics
 from lsync_compile.quality.compare import Clip, Compiler, Study, compare
 from lsync_compile.quality.footage import Footage
-from lsync_compile.quality.runs import Run, Setting, collect, make_scheduler, sound
+from lsync_compile.quality.runs import Run, Setting, collect, sound
 from lsync_compile.quality.scores import score
+from lsync_compile.runtime.timesteps import make_solver
 
 from .faces import syllables, voice
 from .standin import FRAMES, SIDE, StandIn
@@ -119,11 +120,11 @@ def test_a_clip_without_a_face_cannot_be_judged() -> None:
 def test_solvers_share_the_noise_schedule() -> None:
     base = StandIn().scheduler
     for name in ("ddim", "dpmpp_2m", "unipc"):
-        made = make_scheduler(base, name, "trailing")
+        made = make_solver(base, name, "trailing")
         torch.testing.assert_close(made.alphas_cumprod, base.alphas_cumprod)
         assert made.config.timestep_spacing == "trailing"
         assert made is not base
-        assert make_scheduler(base, name).config.timestep_spacing == "leading"
+        assert make_solver(base, name).config.timestep_spacing == "leading"
 
 
 def test_unknown_solver_suggests_the_nearest() -> None:

@@ -24,16 +24,12 @@ from lsync_compile.errors import NoFaceError, OptionError
 from lsync_compile.media.audio import load_audio
 from lsync_compile.options import nearest
 from lsync_compile.quality.footage import Footage
+from lsync_compile.runtime.timesteps import SOLVERS, make_solver
 
 Progress = Callable[[int, int], None]
 
 FPS = 25
 SAMPLE_RATE = 16_000
-SOLVERS = {
-    "ddim": "DDIMScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
 SPACINGS = ("leading", "linspace", "trailing")
 
 
@@ -226,7 +222,7 @@ def collect(
 def solver(pipeline: Pipeline, setting: Setting) -> Iterator[None]:
     """Give a pipeline the setting's solver, made from its own scheduler's configuration."""
     before = pipeline.scheduler
-    pipeline.scheduler = make_scheduler(before, setting.solver, setting.spacing)
+    pipeline.scheduler = make_solver(before, setting.solver, setting.spacing)
     try:
         yield
     finally:
@@ -248,19 +244,6 @@ def sound(
             file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
             file.writeframes(bytes(2 * length))
         yield path
-
-
-def make_scheduler(scheduler: Any, name: str, spacing: str | None = None) -> Any:
-    """A fresh scheduler of another kind with the same noise schedule.
-
-    DDIM (Song et al. 2020), DPM-Solver++ 2M (Lu et al. 2022) and UniPC (Zhao et al. 2023).
-    """
-    import diffusers
-
-    # Named, as from_config drops what the first scheduler had by default.
-    spacing = spacing or scheduler.config.timestep_spacing
-    kind = getattr(diffusers, SOLVERS[name])
-    return kind.from_config(scheduler.config, timestep_spacing=spacing)
 
 
 def _keep(run: Run, chunk: Chunk, *, with_input: bool) -> None:
