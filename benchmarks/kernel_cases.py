@@ -50,9 +50,9 @@ def cases(
             ("group_norm_silu", "video ", _group_norm_video),
             ("lip_attention", "", _lip_attention),
             ("geglu", "", _geglu),
-            ("linear_geglu", "", _linear_geglu),
+            ("linear_geglu", "projected ", _linear_geglu),
             ("add_layer_norm", "", _add_layer_norm),
-            ("layer_norm", "", _layer_norm),
+            ("layer_norm", "alone ", _layer_norm),
             ("upsample_conv", "to ", _upsample_conv),
         )
     ]

@@ -10,8 +10,14 @@ from diffusers.models.activations import GEGLU
 from lsync_compile.errors import OptionError
 from lsync_compile.kernels import linear_geglu, registered
 from lsync_compile.kernels.accuracy import error, exact, largest_error, poisoned_memory
-from lsync_compile.kernels.launch import INTERPRETED
-from lsync_compile.kernels.linear_geglu_kernels import stream, streams, takes, tiles
+from lsync_compile.kernels.launch import INTERPRETED, Kernel
+from lsync_compile.kernels.linear_geglu_kernels import (
+    _linear_geglu_tiles,
+    stream,
+    streams,
+    takes,
+    tiles,
+)
 
 SPEC = registered()["linear_geglu"]
 
@@ -52,6 +58,17 @@ def test_both_kernels_write_all_and_no_more(normal, call, rows, columns, bias):
     with poisoned_memory():
         out = call(*arguments)
     assert out.shape == (rows, columns)
+    assert largest_error(out, exact(SPEC, *arguments)) <= SPEC.tolerances[torch.float16].relative
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="launches kernels")
+@pytest.mark.parametrize("config", _linear_geglu_tiles.configs, ids=str)
+def test_every_tile_is_exact(normal, monkeypatch, config):
+    """The larger ones are for more tiles than a test has."""
+    arguments = draw(normal, 260, 64, 136, torch.float16)
+    monkeypatch.setattr(Kernel, "candidates", lambda self, given: [config])
+    with poisoned_memory():
+        out = tiles(*arguments)
     assert largest_error(out, exact(SPEC, *arguments)) <= SPEC.tolerances[torch.float16].relative
 
 
