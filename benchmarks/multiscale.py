@@ -28,7 +28,7 @@ from lsync_compile.kernels import lip_attention_reference
 from lsync_compile.models.unet import UNet3DConditionModel
 from lsync_compile.options import Options
 from lsync_compile.passes.crop_decode import CropDecode
-from lsync_compile.passes.lip_attention import LipAttention
+from lsync_compile.passes.lip_attention import OptimizedLipAttention
 from lsync_compile.passes.manager import PassManager
 from lsync_compile.passes.spec import Pass
 from lsync_compile.runtime.region import make_region, mouth_region
@@ -93,7 +93,7 @@ def flops() -> list[dict[str, Any]]:
     decoder = random_vae(SD_VAE, meta, torch.float32).decoder
     rows = []
     for work, module, inputs, cls, target, settings in (
-        ("UNet step", unet, (sample, timestep, audio), LipAttention, "unet", LIP),
+        ("UNet step", unet, (sample, timestep, audio), OptimizedLipAttention, "unet", LIP),
         ("decode", decoder, (latents,), CropDecode, "vae.decoder", CROP),
     ):
         for name, options in settings.items():

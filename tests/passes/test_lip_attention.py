@@ -17,7 +17,7 @@ import lsync_compile
 from lsync_compile.graph.copying import copy_graph
 from lsync_compile.media.mask import mouth_mask
 from lsync_compile.options import Options
-from lsync_compile.passes.lip_attention import LipAttention
+from lsync_compile.passes.lip_attention import OptimizedLipAttention
 from lsync_compile.passes.manager import PassManager
 from lsync_compile.passes.spec import registered
 from lsync_compile.report import PassRecord
@@ -33,7 +33,9 @@ def rewritten(
     gm: GraphModule, region: MouthRegion | None = REGION, target: str = "unet", **options: Any
 ) -> tuple[GraphModule, PassRecord]:
     copy = copy_graph(gm)
-    alone = type("Alone", (LipAttention,), {"spec": replace(LipAttention.spec, after=())})
+    alone = type(
+        "Alone", (OptimizedLipAttention,), {"spec": replace(OptimizedLipAttention.spec, after=())}
+    )
     with torch.no_grad():
         settings = Options(**{"lip_attention": True, **options})
         (record,) = PassManager(settings, [alone]).run(copy, target, "graph", region=region)

@@ -44,7 +44,7 @@ LEVELS = 2  # from the latents' own size down; below, attention costs next to no
 
 
 @register
-class LipAttention(Pass):
+class OptimizedLipAttention(Pass):
     """Counts the attentions."""
 
     spec = PassSpec(
