@@ -26,8 +26,9 @@ demo: $(BIN)/.installed  ## Lip-sync the bundled sample with the bundled model
 	@echo "video:  $(OUT)/demo.mp4"
 	@echo "report: $(OUT)/demo.json"
 
+# A process a core, each with one thread; a file's tests share what they capture.
 test: $(BIN)/.installed  ## Run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(BIN)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
