@@ -149,7 +149,8 @@ def norm_reference(
         return normed
     shape = normed.shape
     normed = normed.unflatten(0, (-1, position.shape[0])) + position[:, None, :]
-    return normed.reshape(shape)
+    placed: Tensor = normed.reshape(shape)
+    return placed
 
 
 @torch.library.custom_op(
