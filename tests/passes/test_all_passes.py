@@ -190,11 +190,12 @@ def test_what_stable_diffusion_s_unet_gets() -> None:
         "fuse_linear_geglu": 16,
         "fuse_add_layer_norm": 32,
         "fuse_layer_norm": 16,  # which follow a projection, not a sum
-        "channels_last": 52,
+        "fuse_upsample_conv": 3,
+        "channels_last": 49,  # of 52 convolutions; the op brings its weights along
     }
     assert {name: counts.get(name) for name in wanted} == wanted
     after = ops(gm)
-    assert not {"group_norm", "layer_norm", "gelu"} & after.keys()
+    assert not {"group_norm", "layer_norm", "gelu", "interpolate"} & after.keys()
     assert "scaled_dot_product_attention" not in after
     # Nobody vouches for its inputs, and it has no motion modules.
     guided = {"guidance_prefix", "null_audio", "split_conv_in", "fuse_temporal_attention"}
