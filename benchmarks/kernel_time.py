@@ -15,13 +15,15 @@ from torch.profiler import ProfilerActivity, profile
 KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern, re.IGNORECASE))
     for kind, pattern in (
-        ("copy", r"memcpy|copy_kernel|copy_device|aten::(copy_|_to_copy|clone|contiguous)$"),
+        ("copy", r"memcpy|copy_kernel|copy_device|lip_rows"),
+        ("copy", r"aten::(copy_|_to_copy|clone|contiguous)$"),
         ("fill", r"memset|fill"),
         ("attention", r"attention|flash|fmha|sdpa|softmax|_attend"),
         ("layout", r"nchwtonhwc|nhwctonchw|transpose_readwrite|convert_layout"),
         ("convolution", r"conv|fprop|dgrad|wgrad|implicit_gemm|winograd|xmma.*nhwc"),
         ("norm", r"norm|welford|moments|rowwise"),
-        ("matmul", r"gemm|cutlass|cublas|nvjet|matmul|addmm|\bmm\b|_mm_|aten::(mm|bmm|linear)$"),
+        ("matmul", r"linear_geglu|gemm|cutlass|cublas|nvjet|matmul"),
+        ("matmul", r"addmm|\bmm\b|_mm_|aten::(mm|bmm|linear)$"),
         ("concatenation", r"cat(array|_)|aten::cat$"),
         ("pointwise", r"triton_poi|elementwise|geglu|gelu|silu|aten::(add|mul|sub|div)_?$"),
         ("reduction", r"triton_red|triton_per|reduce"),
