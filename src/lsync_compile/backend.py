@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from lsync_compile.errors import CompileError
 from lsync_compile.graph.copying import copy_graph
 from lsync_compile.graph.deep_cache import CACHED, DeepCut, mark_joins
+from lsync_compile.graph.purity import wants_gradient
 from lsync_compile.graph.staging import Staging, cut, why_not
 from lsync_compile.lowering import get_lowering
 from lsync_compile.lowering.base import GraphFunction
@@ -37,7 +38,6 @@ from lsync_compile.lowering.staged import (
     staged_call,
 )
 from lsync_compile.options import resolve_options
-from lsync_compile.passes.kernel_pass import wants_gradient
 from lsync_compile.passes.manager import PassManager
 from lsync_compile.progress import Compiling, announced, typical_seconds
 from lsync_compile.report import GraphRecord, Kind, Session, format_pass

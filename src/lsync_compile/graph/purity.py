@@ -43,6 +43,23 @@ def has_writes(graph: Graph) -> bool:
     return any(writes_in_place(node) for node in graph.nodes)
 
 
+def wants_gradient(graph: Graph) -> bool:
+    """Whether a gradient may be asked of what the graph computes."""
+    inputs = (node.meta.get("example_value") for node in graph.nodes if node.op == "placeholder")
+    return torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in inputs
+    )
+
+
+def why_seen(graph: Graph) -> str:
+    """Why others see values inside the graph; the empty string where only its results count."""
+    if has_writes(graph):
+        return "the graph writes in place"
+    if wants_gradient(graph):
+        return "a gradient is wanted"
+    return ""
+
+
 def result_storages(graph: Graph) -> set[int]:
     """Identities of the memory that the graph's results lie in, for :func:`storage`.
 

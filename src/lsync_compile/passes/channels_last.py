@@ -37,8 +37,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from lsync_compile.graph.build import call, drop, example, refresh, replace
 from lsync_compile.graph.match import ADD, MULTIPLY, argument, calls
-from lsync_compile.graph.purity import has_writes
-from lsync_compile.passes.kernel_pass import wants_gradient
+from lsync_compile.graph.purity import has_writes, wants_gradient
 from lsync_compile.passes.spec import Pass, PassContext, PassSpec, Phase, register
 
 _VIEWS = ("view", "reshape", "unflatten", "flatten", "transpose", "permute", "unsqueeze", "squeeze")

@@ -31,7 +31,6 @@ from torch.fx import GraphModule, Node
 from lsync_compile.graph.attention import Attention, plain_attentions
 from lsync_compile.graph.axes import Axes, after_view, permuted, regrouped, viewed, whole
 from lsync_compile.graph.build import call, example, replace
-from lsync_compile.graph.purity import has_writes
 from lsync_compile.kernels.spatial_attention import SPEC
 from lsync_compile.passes.kernel_pass import KernelPass
 from lsync_compile.passes.spec import PassContext, PassSpec, Phase, register
@@ -54,12 +53,6 @@ class ChooseSdpa(KernelPass):
         "a library's or ours. Rounds otherwise.",
         source="Vaswani et al. (2017), https://arxiv.org/abs/1706.03762",
     )
-
-    def veto(self, gm: GraphModule, context: PassContext) -> str:
-        reason = super().veto(gm, context)
-        if not reason and has_writes(gm.graph):
-            return "the graph writes in place"
-        return reason
 
     def rewrite(self, gm: GraphModule, context: PassContext) -> int:
         found = [each for each in plain_attentions(gm.graph) if self._fits(each, context)]

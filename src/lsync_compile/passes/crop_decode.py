@@ -35,8 +35,7 @@ from torch.fx.node import map_arg
 from lsync_compile.graph.build import call, example
 from lsync_compile.graph.match import argument
 from lsync_compile.graph.modules import module_path
-from lsync_compile.graph.purity import has_writes
-from lsync_compile.passes.kernel_pass import wants_gradient
+from lsync_compile.graph.purity import has_writes, wants_gradient
 from lsync_compile.passes.spec import Pass, PassContext, PassSpec, Phase, register
 
 MOST = 0.85  # share of the rows above which nothing is gained

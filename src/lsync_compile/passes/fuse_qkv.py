@@ -31,7 +31,6 @@ from torch.fx import GraphModule, Node
 from lsync_compile.graph.attention import projections
 from lsync_compile.graph.build import call, example, item, replace
 from lsync_compile.graph.match import argument
-from lsync_compile.graph.purity import has_writes
 from lsync_compile.kernels.temporal_attention import SPEC
 from lsync_compile.passes.kernel_pass import KernelPass
 from lsync_compile.passes.spec import PassContext, PassSpec, Phase, register
@@ -52,12 +51,6 @@ class FuseQkv(KernelPass):
         summary="Projects queries, keys and values of one input in one matrix product. Rounds "
         "otherwise.",
     )
-
-    def veto(self, gm: GraphModule, context: PassContext) -> str:
-        reason = super().veto(gm, context)
-        if not reason and has_writes(gm.graph):
-            return "the graph writes in place"
-        return reason
 
     def rewrite(self, gm: GraphModule, context: PassContext) -> int:
         joined = 0

@@ -52,7 +52,6 @@ from lsync_compile.graph.axes import (
     whole,
 )
 from lsync_compile.graph.build import call, example, replace
-from lsync_compile.graph.purity import has_writes
 from lsync_compile.kernels.temporal_attention import MAX_FRAMES, SPEC
 from lsync_compile.passes.kernel_pass import KernelPass
 from lsync_compile.passes.spec import PassContext, PassSpec, Phase, register
@@ -119,12 +118,6 @@ class FuseTemporalAttention(KernelPass):
         "rearrangements around each motion module. Rounds otherwise.",
         source="AnimateDiff, https://arxiv.org/abs/2307.04725",
     )
-
-    def veto(self, gm: GraphModule, context: PassContext) -> str:
-        reason = super().veto(gm, context)
-        if not reason and has_writes(gm.graph):
-            return "the graph writes in place"
-        return reason
 
     def rewrite(self, gm: GraphModule, context: PassContext) -> int:
         values = _Analysis(self, gm, context).values

@@ -36,8 +36,7 @@ from lsync_compile.graph.build import call, example, refresh
 from lsync_compile.graph.census import ATTENTION, CONVOLUTIONS, PRODUCTS
 from lsync_compile.graph.dependency import find_argument
 from lsync_compile.graph.halving import half_of, halved, is_half
-from lsync_compile.graph.purity import has_writes, storage
-from lsync_compile.passes.kernel_pass import wants_gradient
+from lsync_compile.graph.purity import storage, why_seen
 from lsync_compile.passes.spec import Pass, PassContext, PassSpec, Phase, register
 
 _HEAVY = frozenset({*CONVOLUTIONS, *PRODUCTS, *ATTENTION})
@@ -66,11 +65,7 @@ class GuidancePrefix(Pass):
         sample = example(find_argument(gm.graph, "sample"))
         if sample is None or sample.dim() == 0 or sample.shape[0] % 2:
             return "no sample with two halves"
-        if has_writes(gm.graph):
-            return "the graph writes in place"
-        if wants_gradient(gm.graph):
-            return "a gradient is wanted"
-        return ""
+        return why_seen(gm.graph)
 
     def rewrite(self, gm: GraphModule, context: PassContext) -> int:
         sample = find_argument(gm.graph, "sample")

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from lsync_compile.graph.build import example
-from lsync_compile.graph.purity import has_writes
+from lsync_compile.graph.purity import has_writes, wants_gradient
 from lsync_compile.kernels.launch import runs_kernel
 from lsync_compile.kernels.spec import KernelSpec
 from lsync_compile.passes.spec import Pass, PassContext
@@ -28,12 +28,9 @@ class KernelPass(Pass):
         """Switched off, gradients, autocast, writes, a CPU, no Triton, or no dtype for it."""
         if context.options.kernels == "off":
             return "option kernels is 'off'"
-        if wants_gradient(gm.graph):
-            return "a gradient is wanted, and the kernel has none"
-        if uses_autocast(gm.graph):
-            return "autocast chooses the dtypes"
-        if has_writes(gm.graph):
-            return "the graph writes in place"
+        reason = why_no_kernel(gm.graph)
+        if reason:
+            return reason
         tensors = _floating_inputs(gm.graph)
         if context.options.kernels == "auto":
             on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
@@ -56,10 +53,13 @@ class KernelPass(Pass):
         )
 
 
-def wants_gradient(graph: Graph) -> bool:
-    """Whether a gradient may be asked of what the graph computes."""
-    values = map(example, _inputs(graph))
-    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in values)
+def why_no_kernel(graph: Graph) -> str:
+    """Why no kernel fits into a graph, whatever its device and dtypes; empty where one may."""
+    if wants_gradient(graph):
+        return "a gradient is wanted, and the kernel has none"
+    if uses_autocast(graph):
+        return "autocast chooses the dtypes"
+    return "the graph writes in place" if has_writes(graph) else ""
 
 
 def uses_autocast(graph: Graph) -> bool:

@@ -32,10 +32,9 @@ from torch.fx import GraphModule
 
 from lsync_compile.graph.attention import Attention, plain_attentions
 from lsync_compile.graph.build import example
-from lsync_compile.graph.purity import has_writes
 from lsync_compile.kernels.lip_attention import SPEC
 from lsync_compile.passes.choose_sdpa import attend_by_rows
-from lsync_compile.passes.kernel_pass import uses_autocast, wants_gradient
+from lsync_compile.passes.kernel_pass import why_no_kernel
 from lsync_compile.passes.spec import Pass, PassContext, PassSpec, Phase, register
 from lsync_compile.runtime.region import MouthRegion
 
@@ -64,11 +63,7 @@ class OptimizedLipAttention(Pass):
             return "no run says which region it generates"
         if self._pool(context) == 1 and context.options.lip_weight == 1:
             return "nothing is pooled or weighted"
-        if wants_gradient(gm.graph):
-            return "a gradient is wanted, and the kernel has none"
-        if uses_autocast(gm.graph):
-            return "autocast chooses the dtypes"
-        return "the graph writes in place" if has_writes(gm.graph) else ""
+        return why_no_kernel(gm.graph)
 
     def rewrite(self, gm: GraphModule, context: PassContext) -> int:
         region, options = context.region, context.options

@@ -27,8 +27,7 @@ from lsync_compile.graph.build import call, example, replace
 from lsync_compile.graph.dependency import Stage, find_argument, node_stages
 from lsync_compile.graph.halving import half_of, halved
 from lsync_compile.graph.match import argument, calls, sole_user
-from lsync_compile.graph.purity import has_writes
-from lsync_compile.passes.kernel_pass import wants_gradient
+from lsync_compile.graph.purity import why_seen
 from lsync_compile.passes.spec import Pass, PassContext, PassSpec, Phase, register
 
 # Zeros in, zeros out; a projection without bias is the other such operation.
@@ -59,11 +58,7 @@ class NullAudio(Pass):
         sound = example(find_argument(gm.graph, "encoder_hidden_states"))
         if sound is None or sound.dim() == 0 or sound.shape[0] % 2:
             return "no sound with two halves"
-        if has_writes(gm.graph):
-            return "the graph writes in place"
-        if wants_gradient(gm.graph):
-            return "a gradient is wanted"
-        return ""
+        return why_seen(gm.graph)
 
     def rewrite(self, gm: GraphModule, context: PassContext) -> int:
         sound = find_argument(gm.graph, "encoder_hidden_states")

@@ -26,7 +26,13 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from lsync_compile.graph.purity import has_writes, result_storages, storage, writes_in_place
+from lsync_compile.graph.purity import (
+    has_writes,
+    result_storages,
+    storage,
+    wants_gradient,
+    writes_in_place,
+)
 from lsync_compile.passes.spec import Pass, PassContext, PassSpec, Phase, register
 
 # Deterministic functions of their arguments; whatever is not named is left alone.
@@ -66,8 +72,7 @@ class ShareRepeated(Pass):
         if has_writes(gm.graph):
             names = [node.name for node in gm.graph.nodes if writes_in_place(node)]
             return f"{names[0]} writes in place"
-        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        if torch.is_grad_enabled() and any(_wants_gradient(node) for node in inputs):
+        if wants_gradient(gm.graph):
             return "gradients would be summed in another order"
         return ""
 
@@ -108,8 +113,3 @@ class _Name(str):
 
 def _name(node: Node) -> _Name:
     return _Name(node.name)
-
-
-def _wants_gradient(node: Node) -> bool:
-    value = node.meta.get("example_value")
-    return isinstance(value, torch.Tensor) and value.requires_grad

@@ -27,8 +27,7 @@ from torch.fx import GraphModule, Node
 from lsync_compile.graph.build import call, example, replace
 from lsync_compile.graph.dependency import STAGE_KEY, Stage, find_argument
 from lsync_compile.graph.match import argument, calls, sole_user
-from lsync_compile.graph.purity import has_writes
-from lsync_compile.passes.kernel_pass import wants_gradient
+from lsync_compile.graph.purity import why_seen
 from lsync_compile.passes.spec import Pass, PassContext, PassSpec, Phase, register
 
 VARIABLE = 4  # channels of noisy latents; `VOUCHES` says the rest is constant
@@ -54,11 +53,7 @@ class SplitConvIn(Pass):
             return "nobody vouches that channels are constant"
         if not context.options.hoist_audio:
             return "option hoist_audio is off: nothing is kept for a chunk"
-        if has_writes(gm.graph):
-            return "the graph writes in place"
-        if wants_gradient(gm.graph):
-            return "a gradient is wanted"
-        return ""
+        return why_seen(gm.graph)
 
     def rewrite(self, gm: GraphModule, context: PassContext) -> int:
         sample = find_argument(gm.graph, "sample")
