@@ -56,16 +56,16 @@ def calibrate(
     """
     from lsync_compile.cli import choose_device
     from lsync_compile.quality.calibrate import calibrate as find
-    from lsync_compile.quality.cli import _load, _progress
+    from lsync_compile.quality.cli import load_pipeline, progress_bars
     from lsync_compile.quality.compare import Clip
     from lsync_compile.runtime.calibration import save_calibration
 
     place = choose_device(device)
     console = Console(stderr=True, quiet=quiet or as_json)
     with console.status(f"Loading {checkpoint} on {place} …"):
-        pipeline = _load(checkpoint, place, None, detector)
+        pipeline = load_pipeline(checkpoint, place, None, detector)
     chosen = lowering or ("inductor" if place.type == "cuda" else "eager")
-    with _progress(console) as bar:
+    with progress_bars(console) as bar:
         found = find(
             pipeline,
             Clip(video, audio),

@@ -116,9 +116,9 @@ def quality(
     settings = [candidate, _with(reference, name="muted", muted=True)] if muted else [candidate]
     console = Console(stderr=True, quiet=as_json)
     with console.status(f"Loading {checkpoint} on {place} …"):
-        pipe = _load(checkpoint, place, dtype, detector)
+        pipe = load_pipeline(checkpoint, place, dtype, detector)
     clip, runs = Clip(video, audio), list[Any]()
-    with _progress(console) as bar:
+    with progress_bars(console) as bar:
         study = compare(
             pipe,
             clip,
@@ -160,7 +160,8 @@ def _with(setting: Setting, **changes: Any) -> Setting:
     return dataclasses.replace(setting, **changes)
 
 
-def _load(checkpoint: str, place: Any, dtype: str | None, detector: str) -> Any:
+def load_pipeline(checkpoint: str, place: Any, dtype: str | None, detector: str) -> Any:
+    """The pipeline of a checkpoint. Raises OptionError for a dtype that is none."""
     import lsync_compile
     from lsync_compile.cli import DType, choose_dtype
 
@@ -196,7 +197,7 @@ def _summary(study: Study, verdicts: list[Verdict], html: Path | None) -> dict[s
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Any]:
+def progress_bars(console: Console) -> Iterator[Any]:
     """A bar for each run, with the time left; yields ``bar(name) -> advance(done, total)``."""
     with Progress(
         TextColumn("{task.description}"),

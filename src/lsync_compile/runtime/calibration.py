@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lsync_compile.runtime.cache_folder import cache_folder
+
 SAMPLES = 16  # values of each weight that tell one checkpoint from another
 VERSION = 1
 
@@ -51,13 +53,7 @@ class Calibration:
 
 def calibration_file(unet: nn.Module) -> Path:
     """Where a UNet's calibrations are, whether or not there are any."""
-    return _cache_folder() / "calibrations" / f"{fingerprint(unet)}.json"
-
-
-def _cache_folder() -> Path:
-    given, base = os.environ.get("LSYNC_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    home = Path(base) if base else Path.home() / ".cache"
-    return Path(given) if given else home / "lsync-compile"
+    return cache_folder() / "calibrations" / f"{fingerprint(unet)}.json"
 
 
 @torch.no_grad()

@@ -35,18 +35,10 @@ from torch import Tensor, nn
 
 from lsync_compile.errors import MediaError
 from lsync_compile.media.faces import Face
+from lsync_compile.runtime.cache_folder import cache_folder
 
 FORMAT = 1  # of the files; another one is another cache
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-
-
-def cache_folder() -> Path:
-    """``$LSYNC_CACHE``, or ``lsync-compile`` in the user's cache folder."""
-    given = os.environ.get("LSYNC_CACHE")
-    if given:
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lsync-compile"
 
 
 def clip_key(path: str | Path) -> str:
