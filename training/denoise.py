@@ -19,8 +19,7 @@ from training.losses import denoising, mouth_map
 from training.sources import CONTEXT
 
 FEATURES_PER_FRAME = 2  # 50 Hz features, 25 frames/s
-WINDOW = (-4, 6)  # feature steps that a frame attends to, around twice its number; end excluded
-assert WINDOW[1] - WINDOW[0] == WINDOW_STEPS
+WINDOW = (-4, WINDOW_STEPS - 4)  # the steps that a frame attends to, around twice its number
 
 
 def signal_levels(scheduler: DDIMScheduler, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captures import capture, captured_unet
-from diffusers import UNet2DConditionModel
+from networks import stable_diffusion_unet
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -57,16 +57,8 @@ def test_the_real_unet() -> None:
 
 
 def test_stable_diffusion() -> None:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64, 64, 64),
-        cross_attention_dim=48,
-        norm_num_groups=8,
-    ).requires_grad_(False)
-    arguments = torch.randn(2, 4, 16, 16), torch.tensor(5), torch.randn(2, 7, 48)
+    gm, inputs = stable_diffusion_unet()
     with torch.no_grad():
-        gm, inputs = capture(unet.eval(), *arguments)
         after, record = rewritten(gm)
         assert record.matches == targets(after).count(OP) == 32
         torch.testing.assert_close(after(*inputs)[0], gm(*inputs)[0], rtol=1e-4, atol=1e-4)
