@@ -43,6 +43,7 @@ from lsync_compile.progress import Compiling, announced, typical_seconds
 from lsync_compile.report import GraphRecord, Kind, Session, format_pass
 from lsync_compile.runtime.context import Terms
 from lsync_compile.runtime.deep_cache import DeepCacheUNet
+from lsync_compile.runtime.running import options_of
 from lsync_compile.runtime.staged import StagedCall
 
 log = logging.getLogger(__name__)
@@ -162,16 +163,16 @@ class GraphCompiler:
 
     def _deep_cut(self, gm: GraphModule, record: GraphRecord) -> DeepCut | None:
         """Cut a UNet where its deep features may be reused; None where that is not wanted."""
-        if not wanted(self.session.options, self.target):
+        if not wanted(options_of(self.session), self.target):
             return None
         try:
-            return deep_cut(gm, self.session.options, self.terms, record)
+            return deep_cut(gm, options_of(self.session), self.terms, record)
         except PASS_ERRORS as error:
             raise Failure("deep cache", error) from error
 
     def _stage(self, gm: GraphModule, record: GraphRecord) -> Staging | None:
         """Cut off what need not run in each call; None where nothing is to be gained."""
-        stages = enabled_stages(self.session.options, self.target, self.terms)
+        stages = enabled_stages(options_of(self.session), self.target, self.terms)
         if not stages:
             return None
         try:
@@ -192,7 +193,7 @@ class GraphCompiler:
         record: GraphRecord,
         results: MainResults = MainResults(),  # noqa: B008  frozen
     ) -> GraphFunction:
-        options = self.session.options
+        options = options_of(self.session)
         capture = capturing(
             gm, example_inputs, self.session, record, kept=results.kept, stable=results.stable
         )
@@ -210,9 +211,9 @@ class GraphCompiler:
     def _rewrite(self, gm: GraphModule, record: GraphRecord) -> None:
         started = time.perf_counter()
         try:
-            if wanted(self.session.options, self.target):
+            if wanted(options_of(self.session), self.target):
                 mark_joins(gm.graph)
-            manager = PassManager(self.session.options)
+            manager = PassManager(options_of(self.session))
             record.passes = manager.run(
                 gm, self.target, record.name, self.terms.vouched, self.terms.region
             )
@@ -227,7 +228,7 @@ class GraphCompiler:
         self, untouched: GraphModule, record: GraphRecord, failure: Failure
     ) -> GraphFunction:
         cause = f"{failure.stage}: {type(failure.error).__name__}: {_first_line(failure.error)}"
-        if self.session.options.strict:
+        if options_of(self.session).strict:
             raise CompileError(f"graph {record.name}: {cause}") from failure.error
         record.lowering, record.fallback = "eager", cause
         record.nodes_out, record.stages, record.deep_cache = record.nodes_in, [], None

@@ -7,7 +7,8 @@ documentation are made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,12 @@ class Options:
     fuse_layer_norm: bool = field(
         default=False,
         metadata=_about("Pass: layer norms that no sum precedes in one kernel."),
+    )
+    fuse_residual_moments: bool = field(
+        default=False,
+        metadata=_about(
+            "Pass: residual sums that measure themselves for the group norm after them."
+        ),
     )
     channels_last: bool = field(
         default=True,
@@ -483,6 +490,23 @@ class Options:
             rebuild=False,
         ),
     )
+    guard_every: int = field(
+        default=0,
+        metadata=_about(
+            "Also compute every so-manieth chunk exactly, measure how far the approximate one is, "
+            "and fall back where that is too far; 0 trusts the options.",
+            between=(0, 100_000),
+            rebuild=False,
+        ),
+    )
+    guard_floor: float = field(
+        default=30.0,
+        metadata=_about(
+            "Least PSNR of the mouth in dB that `guard_every` accepts.",
+            between=(0.0, 100.0),
+            rebuild=False,
+        ),
+    )
     trace: Path | None = field(
         default=None,
         metadata=_about(
@@ -526,12 +550,19 @@ class Options:
             values[name] = None if values[name] is None else str(values[name])
         return values
 
+    @functools.cached_property
+    def rebuild_key(self) -> tuple[Hashable, ...]:
+        """The values that graphs are made by, to file them under."""
+        return tuple(
+            repr(sorted(value.items())) if isinstance(value, Mapping) else value
+            for spec in fields(self)
+            if spec.metadata["rebuild"]
+            for value in [getattr(self, spec.name)]
+        )
+
     def needs_rebuild(self, other: Options) -> bool:
         """Whether graphs compiled with ``other`` are wrong for these options."""
-        return any(
-            spec.metadata["rebuild"] and getattr(self, spec.name) != getattr(other, spec.name)
-            for spec in fields(self)
-        )
+        return self.rebuild_key != other.rebuild_key
 
 
 OPTION_NAMES: tuple[str, ...] = tuple(spec.name for spec in fields(Options))

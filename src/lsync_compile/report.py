@@ -284,6 +284,13 @@ class Session:
             for name, number in numbers.items():
                 counters[name] = max(counters.get(name, number), number)
 
+    def least(self, feature: str, **numbers: float) -> None:
+        """Keep the smallest of what a counter was given so far, such as a PSNR."""
+        with self.lock:
+            counters = self._features.setdefault(feature, {})
+            for name, number in numbers.items():
+                counters[name] = min(counters.get(name, number), number)
+
     def time(self, work: str, seconds: float) -> None:
         """Add the wall time of one piece of work of a run."""
         with self.lock:

@@ -25,6 +25,7 @@ from lsync_compile.backend import GraphCompiler
 from lsync_compile.errors import CompileError, LsyncError, OptionError
 from lsync_compile.report import Session
 from lsync_compile.runtime.context import Terms, current_terms
+from lsync_compile.runtime.running import options_of, runs_plain
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,8 @@ class CompiledCall:
         Raises:
             CompileError: with the option ``strict``, where a graph cannot be compiled.
         """
-        if self._plain or torch.compiler.is_dynamo_compiling():  # in a larger graph
+        in_larger_graph = torch.compiler.is_dynamo_compiling()
+        if self._plain or in_larger_graph or runs_plain():
             return self.module._call_impl(*args, **kwargs)
         if self.seen is None:
             self.seen = tree_map(_shape_of, (args, kwargs))
@@ -111,7 +113,7 @@ class CompiledCall:
             raise
         except InternalTorchDynamoError as error:  # the capture itself broke: no graph to keep
             cause = f"capture: {str(error).strip().splitlines()[0]}"
-            if self.session.options.strict or self._fullgraph:
+            if options_of(self.session).strict or self._fullgraph:
                 raise CompileError(f"{self.role}: {cause}") from error
             self._plain = True
             if self.session.note(f"{self.role} runs plain; {cause}"):
@@ -121,8 +123,8 @@ class CompiledCall:
     def _for_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """What is compiled for inputs like these in a place like this.
 
-        One for all shapes with ``dynamic``. The terms are part of the key: a graph made under
-        them is never run where they do not hold.
+        One for all shapes with ``dynamic``. The terms and the options that graphs are made by are
+        part of the key: a graph is never run where they do not hold.
         """
         leaves = () if self._dynamic else tree_leaves((args, kwargs))
         shapes = tuple(
@@ -131,7 +133,7 @@ class CompiledCall:
             if isinstance(leaf, torch.Tensor)
         )
         terms = current_terms()
-        key = (terms, shapes)
+        key = (terms, shapes, options_of(self.session).rebuild_key)
         if key not in self._compiled:
             compiler = GraphCompiler(
                 self.session, self.role, variant=len(self._compiled), terms=terms

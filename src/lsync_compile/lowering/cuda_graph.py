@@ -40,6 +40,7 @@ from lsync_compile.lowering.capturable import device_of, why_not
 from lsync_compile.lowering.recording import RefusalError, record
 from lsync_compile.report import CaptureRecord, GraphRecord, Session
 from lsync_compile.runtime.memory import BatchAwareMemoryPool, Lease, plan, readable, span
+from lsync_compile.runtime.running import options_of
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def capturing(
         kept: see :class:`Inputs`, by name.
         stable: names of placeholders that are weights to the caller.
     """
-    options, device = session.options, device_of(example_inputs)
+    options, device = options_of(session), device_of(example_inputs)
     if device is None or not options.cuda_graphs:
         return lambda call: call
     reason = why_not(gm, example_inputs)

@@ -14,6 +14,7 @@ from lsync_compile.report import DeepCacheRecord, GraphRecord, Session
 from lsync_compile.runtime.cache_schedule import CacheSchedule
 from lsync_compile.runtime.context import Terms
 from lsync_compile.runtime.deep_cache import CachePolicy, DeepCacheUNet
+from lsync_compile.runtime.running import options_of
 
 # Order of the polynomial through the last computed features.
 PREDICTORS = {"reuse": 0, "linear": 1, "quadratic": 2}
@@ -58,7 +59,7 @@ def deep_cache_unet(
 
 def policy(session: Session, steps: int) -> CachePolicy:
     """What the options say of chunks of so many steps."""
-    options = session.options
+    options = options_of(session)
     return CachePolicy(
         schedule=_calibrated(session, steps) or schedule(options),
         order=PREDICTORS[options.deep_cache_predictor],
@@ -69,7 +70,7 @@ def policy(session: Session, steps: int) -> CachePolicy:
 
 def _calibrated(session: Session, steps: int) -> CacheSchedule | None:
     """The schedule that was measured for so many steps; None where none is wanted or there."""
-    options = session.options
+    options = options_of(session)
     if options.deep_cache_schedule != "calibrated" or options.deep_cache_steps is not None:
         return None
     key = steps, options.deep_cache_branch, options.deep_cache_predictor

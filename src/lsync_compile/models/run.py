@@ -134,7 +134,9 @@ class Run:
     def _decode(self, passing: _Passing) -> _Passing:
         if passing.latents is not None:
             assert passing.prepared is not None
-            passing.synced = self._synthesizer.decode(passing.latents, passing.prepared.pixels)
+            passing.synced = self._synthesizer.decode(
+                passing.latents, passing.prepared.pixels, passing.chunk.index
+            )
         passing.prepared = passing.audio = passing.latents = None
         return passing
 

@@ -8,7 +8,8 @@ the person's looks, and the sound of each frame.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from lsync_compile.models.unet import UNet3DConditionModel
 from lsync_compile.runtime.context import step_context
+from lsync_compile.runtime.guard import QualityGuard
 from lsync_compile.runtime.multiscale import MultiScaleProcessor
 from lsync_compile.runtime.pace import Pace, Walk
+from lsync_compile.runtime.running import other_options, plain_networks
 
 if TYPE_CHECKING:  # it brings the libraries for video files along
     from lsync_compile.models.job import Job
@@ -78,17 +81,16 @@ class ChunkSynthesizer:
     ) -> None:
         self.vae = vae
         self.unet = unet
-        session = job.session
-        self.pace = Pace(
-            job.num_inference_steps, session.options if session else None, session, eta=job.eta
-        )
-        self.scheduler = self.pace.solver(scheduler)
+        self._given_scheduler = scheduler
         self.job = job
+        self.guard = None if job.session is None else QualityGuard(job.session)
+        self._level = 0
+        self._set_pace()
         self.device = device
         self.run = object()  # unequal to every other run's
         self.joint_encoding = device.type != "cpu"
         self.noise = self._initial_noise()
-        self.scales = MultiScaleProcessor(job.mask, self.noise.shape[-1], job.session)
+        self._scales: dict[int, MultiScaleProcessor] = {}
 
     @torch.no_grad()
     def __call__(
@@ -106,7 +108,7 @@ class ChunkSynthesizer:
             (f, 3, R, R) in [-1, 1], the UNet's dtype: the mouth generated, the rest as in faces.
         """
         prepared = self.prepare(faces)
-        return self.decode(self.denoise(chunk, prepared, audio, advance), prepared.pixels)
+        return self.decode(self.denoise(chunk, prepared, audio, advance), prepared.pixels, chunk)
 
     @torch.no_grad()
     def prepare(self, faces: Tensor) -> Prepared:
@@ -125,14 +127,65 @@ class ChunkSynthesizer:
     ) -> Tensor:
         """Clean latents (1, 4, f, h, w) of a chunk; arguments as for a call."""
         conditions = self._condition(prepared, audio)
+        draws = self._copied_generator(chunk)
+        if self.guard is not None and self.guard.level(chunk) != self._level:
+            self._level = self.guard.level(chunk)
+            self._set_pace()
         clip = conditions.fixed[:1, -4:]
         walk = self.pace.begin(
             chunk, prepared.pixels, clip, self.noise, self.scheduler, self._scheduler_arguments()
         )
-        with self.scales.telling(prepared.pixels):
+        with self._at_level(chunk, prepared.pixels):
             latents = self._denoise(walk, conditions, advance)
         self.pace.finish(walk, latents)
+        if self.guard is not None and self.guard.due(chunk):
+            ours = self.decode(latents, prepared.pixels, chunk)
+            exact = self._exact(chunk, prepared, conditions, draws)
+            self.guard.judge(chunk, ours, exact, self.job.mask)
         return latents
+
+    def _set_pace(self) -> None:
+        """Take the steps and the solver of the level in force, knowing nothing of chunks before."""
+        job, options = self.job, None
+        if self.guard is not None:
+            options = self.guard.levels[self._level].options
+        self.pace = Pace(job.num_inference_steps, options, job.session, eta=job.eta)
+        self.scheduler = self.pace.solver(self._given_scheduler)
+
+    @contextmanager
+    def _at_level(self, chunk: int | None, pixels: Tensor) -> Iterator[None]:
+        """Run the networks as a chunk's level says, and tell them of the mouth."""
+        level = 0 if self.guard is None or chunk is None else self.guard.level(chunk)
+        options = None if self.guard is None else self.guard.levels[level].options
+        with other_options(options if level else None):
+            if level not in self._scales:
+                job = self.job
+                scales = MultiScaleProcessor(job.mask, self.noise.shape[-1], job.session)
+                self._scales[level] = scales
+            with self._scales[level].telling(pixels):
+                yield
+
+    def _exact(self, chunk: int, prepared: Prepared, conditions: Conditions, draws: Any) -> Tensor:
+        """The faces of a chunk by the plain networks in all steps, from the same noise."""
+        job, given = self.job, self._given_scheduler
+        pace, clip = Pace(job.num_inference_steps, eta=job.eta), conditions.fixed[:1, -4:]
+        arguments = self._scheduler_arguments(given)
+        if "generator" in arguments:
+            arguments["generator"] = draws
+        walk = pace.begin(chunk, prepared.pixels, clip, self.noise, given, arguments)
+        with plain_networks():
+            latents = self._denoise(walk, conditions, None, scheduler=given)
+            return self.decode(latents, prepared.pixels, chunk)
+
+    def _copied_generator(self, chunk: int) -> torch.Generator | None:
+        """Gives an exact chunk the draws of the approximate one, without taking any away."""
+        generator = self.job.generator
+        if self.guard is None or not self.guard.due(chunk):
+            return generator
+        if generator is None:
+            generator = torch.Generator(self.device)
+            return generator.manual_seed(torch.initial_seed())
+        return generator.clone_state()
 
     def _initial_noise(self) -> Tensor:
         """(1, 4, 1, h, w): one frame of noise shared by all frames of the run."""
@@ -179,14 +232,22 @@ class ChunkSynthesizer:
         return [((draw - shift) * factor).transpose(0, 1).unsqueeze(0) for draw in draws]
 
     def _denoise(
-        self, walk: Walk, conditions: Conditions, advance: Callable[[int], None]
+        self,
+        walk: Walk,
+        conditions: Conditions,
+        advance: Callable[[int], None] | None,
+        scheduler: Any = None,
     ) -> Tensor:
-        """From where a chunk's walk begins to clean latents (1, 4, f, h, w)."""
+        """From where a chunk's walk begins to clean latents (1, 4, f, h, w).
+
+        Without ``advance`` nobody is told of the steps.
+        """
         job, latents, timesteps = self.job, walk.latents, walk.timesteps
+        scheduler = scheduler or self.scheduler
         on_device, values = timesteps.to(latents.device), timesteps.tolist()
         vouched = vouched_inputs(self.vae, self.unet, guided=job.guided)
         for step, timestep in enumerate(timesteps):
-            sample = self.scheduler.scale_model_input(latents, timestep)
+            sample = scheduler.scale_model_input(latents, timestep)
             sample = torch.cat([sample, sample]) if job.guided else sample
             sample = torch.cat([sample, conditions.fixed], dim=1)
             with step_context(
@@ -205,25 +266,30 @@ class ChunkSynthesizer:
                 null, heard = noise.chunk(2)
                 noise = null + job.guidance_scale * (heard - null)
             latents = walk.step(step, noise, latents)
+            if advance is None:
+                continue
             # Of the steps that were announced, whatever number it took.
             advance((step + 1) * job.num_inference_steps // len(values))
             if job.callback is not None and step % job.callback_steps == 0:
                 job.callback(step, timestep, latents)
         return latents
 
-    def _scheduler_arguments(self) -> dict[str, object]:
+    def _scheduler_arguments(self, scheduler: Any = None) -> dict[str, object]:
         """The arguments of ``scheduler.step`` that not every scheduler takes."""
         offered: dict[str, object] = {"eta": self.job.eta, "generator": self.job.generator}
-        accepted = inspect.signature(self.scheduler.step).parameters
+        accepted = inspect.signature((scheduler or self.scheduler).step).parameters
         return {name: value for name, value in offered.items() if name in accepted}
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, pixels: Tensor) -> Tensor:
-        """Latents (1, 4, f, h, w) to faces (f, 3, R, R) in [-1, 1], surroundings pasted back."""
+    def decode(self, latents: Tensor, pixels: Tensor, chunk: int | None = None) -> Tensor:
+        """Latents (1, 4, f, h, w) to faces (f, 3, R, R) in [-1, 1], surroundings pasted back.
+
+        With its number, a chunk is decoded at the level at which it was denoised.
+        """
         mask = self.job.mask
         shift = self.vae.config.shift_factor or 0.0
         flat = (latents / self.vae.config.scaling_factor + shift)[0].transpose(0, 1)
-        with self.scales.telling(pixels):
+        with self._at_level(chunk, pixels):
             decoded: Tensor = self.vae.decode(flat).sample
         return decoded * (1 - mask).to(decoded.dtype) + (pixels * mask).to(decoded.dtype)
 

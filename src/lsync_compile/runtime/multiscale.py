@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lsync_compile.report import Session
 from lsync_compile.runtime.region import MouthRegion, make_region, mouth_region
+from lsync_compile.runtime.running import options_of
 
 # Detail (see `detail_score`) up to which cells of this many latents a side are pooled; above the
 # last, none are. Talking heads measure 0.04 to 0.09 and lose nothing to cells of 4; pictures of
@@ -39,7 +40,7 @@ class MultiScaleProcessor:
     def __init__(self, mask: Tensor, side: int, session: Session | None) -> None:
         self._mask = mask
         self._side = side
-        options = None if session is None else session.options
+        options = None if session is None else options_of(session)
         wanted = options is not None and (options.lip_attention or options.crop_decode)
         self._session = session if wanted else None
         self._found: tuple[MouthRegion | None] | None = None
@@ -57,7 +58,7 @@ class MultiScaleProcessor:
     def _find(self, pixels: Tensor) -> MouthRegion | None:
         if self._session is None:
             return None
-        options, pool = self._session.options, 1
+        options, pool = options_of(self._session), 1
         if options.lip_attention and options.lip_pool == "auto":
             score = detail_score(pixels[:1] / 2 + 0.5, self._mask, self._side)
             pool = pool_for(score)

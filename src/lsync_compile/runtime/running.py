@@ -3,6 +3,9 @@
 A compiled pipeline sets its session around a call; the pipeline reads it once, while it plans the
 run, and hands it on in the job. A plain pipeline has none: it runs in the reference order, and
 nothing is cached.
+
+Within a run, a block may take other options than the session's, or leave what was compiled aside:
+the quality guard does (:mod:`lsync_compile.runtime.guard`).
 """
 
 from __future__ import annotations
@@ -13,9 +16,12 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lsync_compile.options import Options
     from lsync_compile.report import Session
 
 _session: ContextVar[Session | None] = ContextVar("lsync_session", default=None)
+_options: ContextVar[Options | None] = ContextVar("lsync_options", default=None)
+_plain: ContextVar[bool] = ContextVar("lsync_plain", default=False)
 
 
 def current_session() -> Session | None:
@@ -31,3 +37,33 @@ def running(session: Session | None) -> Iterator[None]:
         yield
     finally:
         _session.reset(token)
+
+
+def options_of(session: Session) -> Options:
+    """The options in force for a call of a session's networks."""
+    return _options.get() or session.options
+
+
+@contextmanager
+def other_options(options: Options | None) -> Iterator[None]:
+    """Run networks with these options instead of the session's; None changes nothing."""
+    token = _options.set(options)
+    try:
+        yield
+    finally:
+        _options.reset(token)
+
+
+def runs_plain() -> bool:
+    """Whether compiled networks are to run as they were before they were compiled."""
+    return _plain.get()
+
+
+@contextmanager
+def plain_networks() -> Iterator[None]:
+    """Run networks as they were before they were compiled, in this thread and task only."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
