@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from common import (
     largest_error,
     measure,
     merge_results,
-    mouth_mask,
     recorded,
     relative_error,
 )
@@ -44,111 +42,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from variants import WATERFALLS, all_variants, compiled, options_of, waterfall
 
 import lsync_compile
-from lsync_compile.models.scheduler import default_scheduler
+from lsync_compile.bench.networks import Steps, arithmetic_ceiling, random_inputs, random_unet
+from lsync_compile.bench.sizes import SMALL_UNET as SMALL
 from lsync_compile.models.unet import UNet3DConditionModel
-from lsync_compile.runtime.context import step_context
-from lsync_compile.runtime.region import make_region, mouth_region
 
-SMALL = {**STAGE2_512, "sample_size": 16, "block_out_channels": (32, 64, 64, 64)}
 KEY = ("variant", "guidance", "dtype", "latents", "frames")
 LARGEST_ERROR = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # relative; beyond is a bug
-
-
-def random_unet(config: dict[str, Any], device: torch.device) -> UNet3DConditionModel:
-    """A UNet of ``config`` in float32 whose every layer matters: no zero-initialised ones."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        unet = UNet3DConditionModel.from_config(config)
-        for parameter in unet.parameters():
-            if parameter.dim() > 1:
-                fan_in = parameter[0].numel()
-                torch.nn.init.normal_(parameter, std=fan_in**-0.5)
-    return unet.eval().requires_grad_(False)
-
-
-def random_inputs(
-    config: dict[str, Any], frames: int, batch: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Inputs of one step: latents with conditions, a timestep, 50 audio tokens a frame.
-
-    A batch of two is the pipeline's for guidance: the same sample twice, the first half unheard.
-    """
-    generator = torch.Generator(device).manual_seed(1)
-    side = config["sample_size"]
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-    sample = normal(1, config["in_channels"], frames, side, side)
-    audio = normal(frames, 50, config["cross_attention_dim"])
-    if batch == 2:
-        sample = torch.cat([sample, sample])
-        audio = torch.cat([torch.zeros_like(audio), audio])
-    return {
-        "sample": sample,
-        "timestep": torch.tensor(501, device=device),
-        "encoder_hidden_states": audio,
-    }
-
-
-class Steps:
-    """The UNet's calls of a run, one a call, each in its place as the pipeline's are.
-
-    Args:
-        call: the UNet.
-        inputs: of :func:`random_inputs`; the sample is the same in all steps.
-        steps: steps a chunk.
-    """
-
-    def __init__(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor], steps: int):
-        self.call = call
-        self.inputs = inputs
-        scheduler = default_scheduler()
-        scheduler.set_timesteps(steps, device=inputs["sample"].device)
-        self.timesteps = scheduler.timesteps
-        self.values = scheduler.timesteps.tolist()
-        guided = len(inputs["sample"]) == 2
-        promises = ("constant_channels", "guidance", "null_audio")
-        self.vouched = frozenset(promises if guided else promises[:1])
-        self.run = object()
-        self.done = 0
-        side = inputs["sample"].shape[-1]
-        self.region = make_region(mouth_mask(side), side)
-
-    def __call__(self, step: int | None = None) -> torch.Tensor:
-        """The next step; or the first of a new chunk with ``inputs``' own timestep if ``step``
-        is 0, for a comparison of values."""
-        steps = len(self.values)
-        if step is None:
-            chunk, place = divmod(self.done, steps)
-            timestep, value = self.timesteps[place], self.values[place]
-            self.done += 1
-        else:
-            self.done += -self.done % steps + steps
-            chunk, place = self.done // steps - 1, step
-            timestep, value = self.inputs["timestep"], float(self.inputs["timestep"])
-        arguments = {**self.inputs, "timestep": timestep}
-        with (
-            step_context(
-                self.run, chunk, place, steps, "reuse", timestep=value, vouched=self.vouched
-            ),
-            mouth_region(self.region),
-            torch.no_grad(),
-        ):
-            output: torch.Tensor = self.call(**arguments).sample
-        return output
-
-    def chunk(self) -> None:
-        """All steps of the next chunk."""
-        self.done += -self.done % len(self.values)
-        for _ in self.values:
-            self()
-
-
-def arithmetic_ceiling(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of a square matrix product on random data."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / (measure(lambda: a @ b, device).p50 * 1e-3)
 
 
 class Case:

@@ -22,24 +22,17 @@ from typing import Any
 
 import torch
 from common import RESULTS, largest_error, measure, merge_results, recorded, relative_error
-from diffusers import AutoencoderKL
 from exact_values import in_float64
 from kernel_time import kernel_times
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from unet_step import LARGEST_ERROR, arithmetic_ceiling
+from unet_step import LARGEST_ERROR
 from variants import compiled, options_of
 
-# stabilityai/sd-vae-ft-mse, the VAE of LatentSync, 83.7 M parameters.
-SD_VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-}
-SMALL = {**SD_VAE, "block_out_channels": (32, 32, 64, 64)}
+from lsync_compile.bench.networks import arithmetic_ceiling, random_vae
+from lsync_compile.bench.sizes import SD_VAE
+from lsync_compile.bench.sizes import SMALL_VAE as SMALL
+
 KEY = ("variant", "work", "dtype", "pixels", "frames")
 CHANNELS_LAST = "inductor channels-last"
 VARIANTS = ("eager", "inductor", CHANNELS_LAST, "lsync lowering=eager", "lsync")
@@ -122,17 +115,6 @@ def measure_work(
         "passes": {done.name: done.matches for done in passes if done.matches},
     }
     return row if profile is None else {**row, "profile": profile}
-
-
-def random_vae(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A VAE of noise of unit gain."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        vae = AutoencoderKL(**config)
-        for parameter in vae.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    return vae.to(dtype).eval().requires_grad_(False)
 
 
 def main() -> None:
