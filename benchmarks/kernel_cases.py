@@ -15,6 +15,7 @@ from common import mouth_mask
 from torch import Tensor
 
 from lsync_compile.kernels.lip_tables import encode_region
+from lsync_compile.kernels.residual_moments import residual_moments_reference
 from lsync_compile.kernels.upsample_conv import phases_of
 
 Draw = Callable[..., Tensor]  # shape -> numbers of that shape
@@ -48,6 +49,8 @@ def cases(
             ("spatial_attention", "sound ", _attention_to_sound),
             ("group_norm_silu", "frames ", _group_norm_frames),
             ("group_norm_silu", "video ", _group_norm_video),
+            ("residual_moments", "sum ", _residual_moments),
+            ("group_norm_from_moments", "measured ", _group_norm_from_moments),
             ("lip_attention", "", _lip_attention),
             ("geglu", "", _geglu),
             ("linear_geglu", "projected ", _linear_geglu),
@@ -137,6 +140,31 @@ def _group_norm_video(
     def arguments(draw: Draw) -> tuple[Any, ...]:
         x = draw(batch, frames, side, side, width).movedim(-1, 1)
         return x, GROUPS, draw(width), draw(width), 1e-5, True, draw(batch, width)
+
+    return arguments
+
+
+def _residual_moments(
+    side: int, width: int, batch: int, frames: int
+) -> Callable[[Draw], tuple[Any, ...]]:
+    """The end of a transformer: its last convolution, its residual, the convolution's bias."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        shape = (batch * frames, side, side, width)
+        return draw(*shape).movedim(-1, 1), draw(*shape).movedim(-1, 1), draw(width)
+
+    return arguments
+
+
+def _group_norm_from_moments(
+    side: int, width: int, batch: int, frames: int
+) -> Callable[[Draw], tuple[Any, ...]]:
+    """The entrance of a residual block, which spans all frames."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        x = draw(batch, frames, side, side, width).movedim(-1, 1)
+        _, moments = residual_moments_reference(x, None, None)
+        return x, moments, GROUPS, draw(width), draw(width), 1e-5, True
 
     return arguments
 

@@ -15,6 +15,7 @@ from lsync_compile.kernels import (
     layer_norm,
     linear_geglu,
     registered,
+    residual_moments,
     temporal_attention,
 )
 from lsync_compile.kernels.accuracy import error, largest_error, poisoned_memory
@@ -159,6 +160,18 @@ def test_group_norm_silu(draw, side, width):
     judge("group_norm_silu", x, 32, weight, bias, 1e-5, True, shift)
     frames = x.transpose(1, 2).flatten(0, 1)
     judge("group_norm_silu", frames, 32, weight, bias, 1e-6, False, None)
+
+
+@pytest.mark.parametrize(("side", "width"), LEVELS)
+def test_moments_measured_where_a_sum_is_written(draw, side, width):
+    video, weight, bias = draw(BATCH, FRAMES, side, side, width), draw(width), draw(width)
+    x, residual = video.movedim(-1, 1), draw(*video.shape).movedim(-1, 1)
+    judge("residual_moments", x, residual, bias)
+    frames = video.flatten(0, 1).movedim(-1, 1)
+    judge("residual_moments", frames, None, None)
+    _, moments = residual_moments(frames, None, None)
+    judge("group_norm_from_moments", x, moments, 32, weight, bias, 1e-5, True)
+    judge("group_norm_from_moments", frames, moments, 32, weight, bias, 1e-6, False)
 
 
 @pytest.mark.parametrize(("side", "width"), LEVELS)

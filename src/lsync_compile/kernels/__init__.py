@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from lsync_compile.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from lsync_compile.kernels.geglu import geglu, geglu_reference
+from lsync_compile.kernels.group_norm_from_moments import (
+    group_norm_from_moments,
+    group_norm_from_moments_reference,
+)
 from lsync_compile.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from lsync_compile.kernels.layer_norm import layer_norm, layer_norm_reference
 from lsync_compile.kernels.linear_geglu import linear_geglu, linear_geglu_reference
 from lsync_compile.kernels.lip_attention import lip_attention, lip_attention_reference
+from lsync_compile.kernels.residual_moments import (
+    residual_moments,
+    residual_moments_reference,
+)
 from lsync_compile.kernels.spatial_attention import (
     spatial_attention,
     spatial_attention_reference,
@@ -30,6 +38,8 @@ __all__ = [
     "add_layer_norm_reference",
     "geglu",
     "geglu_reference",
+    "group_norm_from_moments",
+    "group_norm_from_moments_reference",
     "group_norm_silu",
     "group_norm_silu_reference",
     "kernels_table",
@@ -40,6 +50,8 @@ __all__ = [
     "lip_attention",
     "lip_attention_reference",
     "registered",
+    "residual_moments",
+    "residual_moments_reference",
     "spatial_attention",
     "spatial_attention_reference",
     "temporal_attention",

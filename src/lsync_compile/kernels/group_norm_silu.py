@@ -36,11 +36,11 @@ def group_norm_silu_kernel(
     """Launch the kernels on arguments that `group_norm_silu` accepts."""
     images, channels = x.shape[:2]
     out = torch.empty_like(x)
-    folded = _fold(x, out)
+    folded = fold(x, out)
     if len(folded) > 2:
         x = x.contiguous()
         return out.copy_(group_norm_silu_kernel(x, groups, weight, bias, eps, silu, shift))
-    (outer, x_f, out_f), (positions, x_p, out_p) = [(1, 0, 0), (1, 0, 0), *folded][-2:]
+    (outer, x_f, _), (positions, x_p, out_p) = [(1, 0, 0), (1, 0, 0), *folded][-2:]
     x_n, x_c, out_n, out_c = *x.stride()[:2], *out.stride()[:2]
     weight, bias = weight.contiguous(), bias.contiguous()
     shift = None if shift is None else shift.contiguous()
@@ -56,9 +56,7 @@ def group_norm_silu_kernel(
         )  # fmt: skip
         return out
 
-    # Lanes run along the dimension that lies together in memory.
-    wanted = channels if x_c == 1 else max(8, 4096 // _power_of_two(positions))
-    block_c = min(64, _power_of_two(wanted))
+    block_c = _channels_together(x, positions)
     columns, slabs = -(-channels // block_c), images * outer
     run = _run_length(columns * slabs * positions)
     runs = -(-positions // run)
@@ -76,13 +74,34 @@ def group_norm_silu_kernel(
         outer, positions, runs, run, float(outer * positions * width), eps,
         CHANNELS=width, **padded,
     )  # fmt: skip
+    apply_affine(x, affine, out, silu)
+    return out
+
+
+def apply_affine(x: Tensor, affine: Tensor, out: Tensor, silu: bool) -> None:
+    """Write ``x * affine[0] + affine[1]``, and SiLU of it, to ``out``.
+
+    Args:
+        x, out: of one shape, such that `fold` gives at most two dimensions.
+        affine: ``(2, N, C)``, float32.
+    """
+    (outer, x_f, out_f), (positions, x_p, out_p) = [(1, 0, 0), (1, 0, 0), *fold(x, out)][-2:]
+    x_n, x_c, out_n, out_c = *x.stride()[:2], *out.stride()[:2]
+    images, channels = x.shape[:2]
+    block_c = _channels_together(x, positions)
+    columns = -(-channels // block_c)
     group_norm_apply.launch(
-        lambda blocks: (columns * -(-positions * block_c // blocks["TILE"]), slabs),
+        lambda blocks: (columns * -(-positions * block_c // blocks["TILE"]), images * outer),
         x, affine[0], affine[1], out, outer, positions, channels,
         x_n, x_f, x_p, x_c, out_n, out_f, out_p, out_c,
         SILU=silu, BLOCK_C=block_c,
     )  # fmt: skip
-    return out
+
+
+def _channels_together(x: Tensor, positions: int) -> int:
+    """Channels of a tile: lanes run along the dimension that lies together in memory."""
+    wanted = x.shape[1] if x.stride(1) == 1 else max(8, 4096 // _power_of_two(positions))
+    return min(64, _power_of_two(wanted))
 
 
 def _power_of_two(n: int) -> int:
@@ -95,7 +114,7 @@ def _run_length(rows: int) -> int:
     return min(max(_power_of_two(rows // programs + 1) // 2, 64), 4096)
 
 
-def _fold(x: Tensor, out: Tensor) -> list[tuple[int, int, int]]:
+def fold(x: Tensor, out: Tensor) -> list[tuple[int, int, int]]:
     """Size, stride in ``x`` and stride in ``out`` of the positions' dimensions, from the outside.
 
     Neighbours that both tensors store as one are merged, dimensions of size one left out.

@@ -47,6 +47,8 @@ _EVERY_LAYOUT = (
     *MULTIPLY,
     *(F.conv2d, F.group_norm, F.silu, torch.cat),
     torch.ops.lsync.group_norm_silu.default,
+    torch.ops.lsync.group_norm_from_moments.default,
+    torch.ops.lsync.residual_moments.default,
     torch.ops.lsync.upsample_conv.default,
 )
 
