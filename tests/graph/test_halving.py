@@ -63,6 +63,7 @@ KNOWN: list[tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = [
     ("chunk", lambda x: x.chunk(2, dim=1)[1], (X,)),
     ("frames", lambda x: x.view(2, 2, 6, 8, 8).transpose(1, 2).flatten(3), (X,)),
     ("sizes said", lambda x: x.reshape(8, 3, 8, 8).permute(0, 2, 3, 1), (X,)),
+    ("lists", lambda x: x.reshape([8, 3, 8, 8]).permute([0, 2, 3, 1]), (X,)),
     ("size left out", lambda x: x.view(-1, 2, 3, 8, 8), (X,)),
     ("unflatten", lambda x: x.unflatten(0, (2, 2)), (X,)),
     ("flatten", lambda x: x.flatten(0, 1).contiguous(), (X,)),
@@ -86,6 +87,7 @@ def test_known_operations(case: tuple, second: bool) -> None:
 UNKNOWN: list[tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = [
     ("transposed batch", lambda x: x.transpose(0, 1).sin(), (X,)),
     ("permuted batch", lambda x: x.permute(1, 0, 2, 3).sin(), (X,)),
+    ("permuted batch, a list", lambda x: x.permute([1, 0, 2, 3]).sin(), (X,)),
     ("join of batches", lambda x: torch.cat([x, x]), (X,)),
     ("join of batches, from behind", lambda x: torch.cat([x, x], dim=-4), (X,)),
     ("slice of the batch", lambda x: x[1:3].sin(), (X,)),

@@ -64,8 +64,20 @@ def viewed_between(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.conv2d(y, w, padding=1)
 
 
+def video(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """As LatentSync's own code does it: enlarged with the frames inside, then convolved."""
+    clip = x.view(1, 2, 6, 4, 5).transpose(1, 2)
+    y = F.interpolate(clip, scale_factor=[1.0, 2.0, 2.0], mode="nearest")
+    return F.conv2d(y.permute([0, 2, 1, 3, 4]).reshape([2, 6, 8, 10]), w, b, padding=1)
+
+
+def video_by_size(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    y = F.interpolate(x.view(1, 2, 6, 4, 5).transpose(1, 2), size=(2, 8, 10))
+    return F.conv2d(y.transpose(1, 2).flatten(0, 1), w, b, padding=1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("function", [by_factor, by_size, viewed_between])
+@pytest.mark.parametrize("function", [by_factor, by_size, viewed_between, video, video_by_size])
 def test_what_is_taken(function: Callable, dtype: torch.dtype) -> None:
     values = [value.to(dtype) for value in (X, W, B)]
     gm, inputs = capture(function, *values)
@@ -116,9 +128,22 @@ def turned_between(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.conv2d(y, w, b, padding=1)
 
 
+def more_frames(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    y = F.interpolate(x.view(1, 2, 6, 4, 5).transpose(1, 2), scale_factor=2.0)
+    return F.conv2d(y.transpose(1, 2).flatten(0, 1), w, b, padding=1)
+
+
+def frames_outside(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    clip = torch.stack([x, x], 2)  # b c f h w
+    y = F.interpolate(clip, scale_factor=(1.0, 2.0, 2.0))
+    return F.conv2d(y.permute(2, 0, 1, 3, 4).flatten(0, 1), w, b, padding=1)
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        more_frames,
+        frames_outside,
         three_times,
         one_direction,
         bilinear,

@@ -23,13 +23,22 @@ from lsync_compile.passes.split_conv_in import SplitConvIn
 class Entrance(nn.Module):
     """A UNet's first convolution, and what else a graph may do with the sample."""
 
-    def __init__(self, channels: int = 6, groups: int = 1, twice: bool = False) -> None:
+    def __init__(
+        self, channels: int = 6, groups: int = 1, twice: bool = False, frames: str = "flatten"
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, 4, 3, padding=1, groups=groups)
         self.twice = twice
+        self.frames = frames
 
     def forward(self, sample: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        made = self.conv(sample.transpose(1, 2).flatten(0, 1)) + encoder_hidden_states.sum()
+        b, c, f, h, w = sample.shape
+        pictures = {
+            "flatten": lambda: sample.transpose(1, 2).flatten(0, 1),
+            "einops": lambda: sample.permute([0, 2, 1, 3, 4]).reshape([b * f, c, h, w]),
+            "frames outside": lambda: sample.permute(2, 0, 1, 3, 4).flatten(0, 1),
+        }[self.frames]()
+        made = self.conv(pictures) + encoder_hidden_states.sum()
         return made + sample.sum() if self.twice else made
 
 
@@ -38,8 +47,9 @@ def entrance(channels: int = 6, **more) -> tuple:
     return capture(network, torch.randn(2, channels, 3, 8, 8), torch.randn(2, 5))
 
 
-def test_the_convolution_is_a_sum() -> None:
-    gm, inputs = entrance()
+@pytest.mark.parametrize("frames", ["flatten", "einops"])
+def test_the_convolution_is_a_sum(frames: str) -> None:
+    gm, inputs = entrance(frames=frames)
     after, record = run_vouched(gm, SplitConvIn)
     assert (record.outcome, record.matches) == ("applied", 1)
     assert ops(after)["conv2d"] == 2
@@ -54,7 +64,11 @@ def test_the_convolution_is_a_sum() -> None:
     assert watched == ["l_encoder_hidden_states_"]  # the sample is another object in each step
 
 
-@pytest.mark.parametrize("more", [{"channels": 4}, {"groups": 2}, {"twice": True}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{"channels": 4}, {"groups": 2}, {"twice": True}, {"frames": "frames outside"}],
+    ids=str,
+)
 def test_it_does_not_fire(more: dict) -> None:
     gm, inputs = entrance(**more)
     after, record = run_vouched(gm, SplitConvIn)

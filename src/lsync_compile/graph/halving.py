@@ -165,6 +165,8 @@ def _keeps_the_batch_first(node: Node, rank: int) -> bool:
     """Whether an operation that moves numbers leaves dimension 0 where it is, or reshapes it."""
     target: Any = node.target
     rest: tuple[Any, ...] = node.args[1:]
+    if len(rest) == 1 and isinstance(rest[0], (list, tuple)) and target == "permute":
+        rest = tuple(rest[0])  # as einops writes it
     if target in _RESHAPES:
         return True  # in the order of memory the first half stays the first half
     if target is operator.getitem:
@@ -177,7 +179,7 @@ def _keeps_the_batch_first(node: Node, rank: int) -> bool:
     if target == "transpose":
         return len(rest) == 2 and all(dim % rank for dim in rest)
     if target == "permute":
-        return len(rest) == rank and rest[0] == 0
+        return len(rest) == rank and rest[0] % rank == 0
     if target == "unsqueeze":
         return len(rest) == 1 and rest[0] % (rank + 1) != 0
     if target == "squeeze":

@@ -7,7 +7,9 @@
 
 where ``p``, the weights of four 2x2 convolutions, is computed of ``w`` alone and so once
 (``hoist_weights``). Between the two may be views that end in the shape they began with, such as
-folding frames out of a batch and in again. Nothing else may use the enlarged picture. The op times
+folding frames out of a batch and in again. A video ``b c f h w`` may be enlarged too, in height and
+width alone, with views between that put its frames into the batch. Nothing else may use the
+enlarged picture. The op times
 the four convolutions and the library's, once for each shape.
 """
 
@@ -17,10 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, symbolic_trace
 from torch.fx.node import map_arg
 
-from lsync_compile.graph.axes import after_view, viewed, whole
+from lsync_compile.graph.axes import Axes, after_view, arrange, merged, viewed, whole
 from lsync_compile.graph.build import call, drop, example, replace
 from lsync_compile.graph.match import argument, calls, sole_user
 from lsync_compile.kernels.upsample_conv import SPEC, phases_of
@@ -54,7 +57,7 @@ class FuseUpsampleConv(KernelPass):
             if x is None or not self.takes(x, context):
                 continue
             with gm.graph.inserting_before(node):
-                _rewrite(gm.graph, node, x)
+                _rewrite(gm.graph, node, _frames(gm.graph, x, node))
             matches += 1
         return matches
 
@@ -110,7 +113,7 @@ def _enlarged(node: Any) -> Node | None:
     views: list[Node] = []
     while isinstance(node, Node) and sole_user(node) is not None:
         if calls(node, F.interpolate):
-            return _source(node) if _unchanged(node, views[::-1]) else None
+            return _source(node) if _arranged(node, views[::-1]) else None
         source = viewed(node)
         if source is None:
             return None
@@ -124,24 +127,40 @@ def _source(node: Node) -> Node | None:
     x, size = argument(node, 0, "input"), argument(node, 1, "size")
     factor, mode = argument(node, 2, "scale_factor"), argument(node, 3, "mode", "nearest")
     before, after = example(x), example(node)
-    if before is None or after is None or before.dim() != 4 or mode != "nearest":
+    if before is None or after is None or before.dim() not in (4, 5) or mode != "nearest":
         return None
-    doubled = tuple(2 * side for side in before.shape[2:]) == tuple(after.shape[2:])
-    factors = tuple(factor) if isinstance(factor, (tuple, list)) else (factor, factor)
-    exact = size is not None or factors == (2, 2)
+    twice = (1,) * (before.dim() - 4) + (2, 2)  # frames stay as many as they are
+    sides = zip(twice, before.shape[2:], strict=True)
+    doubled = tuple(times * side for times, side in sides) == tuple(after.shape[2:])
+    factors = tuple(factor) if isinstance(factor, (tuple, list)) else (factor,) * len(twice)
+    exact = size is not None or factors == twice
     same = before.dtype == after.dtype and isinstance(x, Node)
     return x if doubled and exact and same else None
 
 
-def _unchanged(node: Node, views: list[Node]) -> bool:
-    """Whether a chain of views ends with the axes that it began with."""
+def _arranged(node: Node, views: list[Node]) -> bool:
+    """Whether views end in the shape of pictures: as they began, or with frames in the batch."""
     value = example(node)
     assert value is not None  # a tensor that was just enlarged
-    start = whole(tuple(value.shape))
-    axes: Any = start
+    axes: Any = whole(tuple(value.shape))
     for view in views:
         axes = after_view(view, axes)
         if axes is None:
             return False
-    last = example(views[-1]) if views else value
-    return last is not None and last.shape == value.shape and axes == start
+    return bool(axes == _pictures(value))
+
+
+def _pictures(value: Tensor) -> Axes:
+    """The axes of a batch of pictures; of a video, ``b c f h w``, those of its frames."""
+    start = whole(tuple(value.shape))
+    if len(start) == 4:
+        return start
+    batch, channels, frames, *rest = start
+    return (merged((*batch, *frames)), channels, *rest)
+
+
+def _frames(graph: Graph, x: Node, like: Node) -> Node:
+    """A batch of pictures: ``x`` itself, or the frames of a video."""
+    value = example(x)
+    assert value is not None  # _source() has looked at it
+    return arrange(graph, x, whole(tuple(value.shape)), _pictures(value), like)

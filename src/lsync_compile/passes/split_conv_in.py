@@ -19,11 +19,14 @@ kept result takes longer than convolving 9 channels: measure before use.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from lsync_compile.graph.axes import Axes, after_view, arrange, merged, permuted, viewed, whole
 from lsync_compile.graph.build import call, example, replace
 from lsync_compile.graph.dependency import STAGE_KEY, Stage, find_argument
 from lsync_compile.graph.match import argument, calls, sole_user
@@ -60,50 +63,68 @@ class SplitConvIn(Pass):
         value = example(sample)
         if sample is None or value is None or value.dim() != 5 or value.shape[1] <= VARIABLE:
             return 0
-        chain = _to_convolution(sample)
-        if chain is None:
+        found = _to_convolution(sample)
+        if found is None:
             return 0
-        *views, convolution = chain
+        source, batch, convolution = found
         with gm.graph.inserting_before(convolution):
             parts = [slice(None, VARIABLE), slice(VARIABLE, None)]
-            variable, constant = (_part(sample, views, convolution, part) for part in parts)
+            variable, constant = (_part(source, batch, convolution, part) for part in parts)
             total = call(gm.graph, operator.add, variable, constant, like=convolution)
         replace(convolution, total)
         return 1
 
 
-def _to_convolution(sample: Node) -> list[Node] | None:
-    """What lies between the sample and its convolution: a slice of halves, frames to the batch."""
-    chain: list[Node] = []
-    node = sole_user(sample)
-    if node is not None and _slices_the_batch(node):
-        chain.append(node)
-        node = sole_user(node)
-    for target, arguments in (("transpose", (1, 2)), ("flatten", (0, 1))):
-        if node is None or not calls(node, target) or node.args[1:] != arguments:
-            return None
-        chain.append(node)
-        node = sole_user(node)
-    if node is None or not calls(node, F.conv2d) or argument(node, 6, "groups", 1) != 1:
+def _to_convolution(sample: Node) -> tuple[Node, slice | None, Node] | None:
+    """The sample, which part of its batch is taken, and the convolution of its frames.
+
+    Between them are views that put the frames into the batch, in whatever way.
+    """
+    source, node = sample, sole_user(sample)
+    batch = None if node is None else _slice_of_the_batch(node)
+    if node is not None and batch is not None:
+        sample, node = node, sole_user(node)
+    value = example(sample)
+    assert value is not None  # of five dimensions, see rewrite
+    axes: Any = whole(tuple(value.shape))
+    while node is not None and viewed(node) is not None and axes is not None:
+        axes, node = after_view(node, axes), sole_user(node)
+    if axes != _frames_in_the_batch(value) or not calls(node, F.conv2d):
+        return None
+    assert node is not None  # calls() says so
+    if argument(node, 6, "groups", 1) != 1:
         return None
     weight = argument(node, 1, "weight")
-    return [*chain, node] if isinstance(weight, Node) and weight.op == "placeholder" else None
+    is_weight = isinstance(weight, Node) and weight.op == "placeholder"
+    return (source, batch, node) if is_weight else None
 
 
-def _slices_the_batch(node: Node) -> bool:
+def _frames_in_the_batch(value: Tensor) -> Axes:
+    """``b c f h w -> (b f) c h w``."""
+    first, second, *rest = permuted(whole(tuple(value.shape)), (0, 2, 1, 3, 4))
+    return (merged((*first, *second)), *rest)
+
+
+def _slice_of_the_batch(node: Node) -> slice | None:
     index = node.args[1] if node.target is operator.getitem else None
-    return isinstance(index, tuple) and len(index) == 1 and isinstance(index[0], slice)
+    if not isinstance(index, tuple) or len(index) != 1 or not isinstance(index[0], slice):
+        return None
+    return index[0]
 
 
-def _part(sample: Node, views: list[Node], convolution: Node, channels: slice) -> Node:
+def _part(sample: Node, batch: slice | None, convolution: Node, channels: slice) -> Node:
     """The convolution of some of the channels; the constant ones bring the bias."""
     graph = sample.graph
     constant = channels.start is not None
-    node = call(graph, operator.getitem, sample, (slice(None), channels), like=views[0])
+    node = call(graph, operator.getitem, sample, (slice(None), channels), like=convolution)
     if constant:
         node.meta[STAGE_KEY] = Stage.CHUNK
-    for view in views:
-        node = call(graph, view.target, node, *view.args[1:], like=view)
+    if batch is not None:
+        node = call(graph, operator.getitem, node, (batch,), like=convolution)
+    value = example(node)
+    assert value is not None  # a slice of a tensor
+    axes = whole(tuple(value.shape))
+    node = arrange(graph, node, axes, _frames_in_the_batch(value), convolution)
     weight = call(
         graph,
         operator.getitem,
