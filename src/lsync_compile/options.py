@@ -383,6 +383,24 @@ class Options:
             rebuild=False,
         ),
     )
+    batch_chunks: int = field(
+        default=1,
+        metadata=_about(
+            "Denoise up to so many chunks in the same calls of the UNet, within rounding of one "
+            "by one; 1 shares none.",
+            between=(1, 64),
+            rebuild=False,
+        ),
+    )
+    batch_memory_gib: float = field(
+        default=0.0,
+        metadata=_about(
+            "GiB of device memory that `batch_chunks` may fill; 0 is half of what is free when a "
+            "run begins.",
+            between=(0.0, 10000.0),
+            rebuild=False,
+        ),
+    )
     lip_attention: bool = field(
         default=False,
         metadata=_about(
@@ -408,6 +426,13 @@ class Options:
             "How much more than others the mouth's keys count in `lip_attention`; 1 is no "
             "difference.",
             between=(0.1, 10.0),
+        ),
+    )
+    fp8_linear: bool = field(
+        default=False,
+        metadata=_about(
+            "Approximate pass: multiply in 8-bit floating point where a linear layer has many "
+            "rows and timing finds that faster."
         ),
     )
     crop_decode: bool = field(

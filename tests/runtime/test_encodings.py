@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lsync_compile.models.synthesis import Prepared
+from lsync_compile.models.conditions import Prepared
 from lsync_compile.runtime.encodings import Encodings
 
 

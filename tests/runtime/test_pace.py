@@ -11,11 +11,13 @@ import torch
 from fixtures import RecordedChunk, mini, mouth_psnr, recorded_chunks
 from torch import Tensor
 
+from lsync_compile.models.conditions import Conditions, Prepared
 from lsync_compile.models.job import Job
 from lsync_compile.models.pipeline import LatentSyncPipeline
-from lsync_compile.models.synthesis import ChunkSynthesizer, Conditions
+from lsync_compile.models.synthesis import ChunkSynthesizer
 from lsync_compile.options import resolve_options
 from lsync_compile.report import Session
+from lsync_compile.runtime.batching import Lane
 
 __all__ = ["mini", "recorded_chunks"]
 
@@ -238,7 +240,8 @@ def test_bounds_on_the_trained_model(
             walk = synthesizer.pace.begin(
                 number, pixels, fixed[:, -4:], chunk.noise, synthesizer.scheduler, {}
             )
-            found = synthesizer._denoise(walk, conditions, lambda _: None)
+            lane = Lane(walk, conditions, synthesizer.scheduler, Prepared(pixels, []))
+            (found,) = synthesizer._denoise([lane], None)
         synthesizer.pace.finish(walk, found)
         return found
 

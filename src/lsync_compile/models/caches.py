@@ -94,7 +94,7 @@ _FACES = ("face_tolerance", "track_faces")
 _APART = frozenset(
     {
         *("preset", "strict", "dump_dir", "trace", "parallel_stages"),
-        *("face_cache", "clip_cache", "clip_cache_gib"),
+        *("face_cache", "clip_cache", "clip_cache_gib", "batch_chunks", "batch_memory_gib"),
     }
 )
 

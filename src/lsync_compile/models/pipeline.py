@@ -34,6 +34,7 @@ from lsync_compile.models.checkpoint import (
     load_vae,
     resolve_checkpoint,
 )
+from lsync_compile.models.conditions import example_inputs, vouched_inputs
 from lsync_compile.models.job import (
     SAMPLE_RATE,
     ChunkResult,
@@ -48,8 +49,9 @@ from lsync_compile.models.job import (
 )
 from lsync_compile.models.run import Run
 from lsync_compile.models.scheduler import default_scheduler
-from lsync_compile.models.synthesis import ChunkSynthesizer, example_inputs, vouched_inputs
+from lsync_compile.models.synthesis import ChunkSynthesizer
 from lsync_compile.models.unet import UNet3DConditionModel
+from lsync_compile.runtime.batching import is_out_of_memory
 from lsync_compile.runtime.context import Terms
 from lsync_compile.runtime.face_cache import CachedFaceDetector
 from lsync_compile.runtime.running import current_session
@@ -366,7 +368,7 @@ class LatentSyncPipeline(DiffusionPipeline):
             yield from run.results(advance)
             caches.keep()
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise MemoryLimitError(
                 f"out of memory on {self.device} with num_frames={job.num_frames}; use a smaller "
@@ -376,10 +378,3 @@ class LatentSyncPipeline(DiffusionPipeline):
             if bar is not None:
                 bar.close()
             caches.account()
-
-
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """On a CPU torch raises a plain RuntimeError that only its words tell from others."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "can't allocate memory" in str(error)
-    )

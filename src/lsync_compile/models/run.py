@@ -18,8 +18,9 @@ from lsync_compile.media.align import restore_face
 from lsync_compile.media.faces import Frame
 from lsync_compile.media.tracking import Chunk, cut_chunks
 from lsync_compile.models.audio import AudioEncoder, audio_windows
+from lsync_compile.models.conditions import Prepared
 from lsync_compile.models.job import ChunkResult, Job
-from lsync_compile.models.synthesis import ChunkSynthesizer, Prepared
+from lsync_compile.models.synthesis import ChunkSynthesizer
 from lsync_compile.runtime.encodings import Encodings
 from lsync_compile.runtime.stages import PipelineParallelProcessor, Stage
 
@@ -78,27 +79,48 @@ class Run:
         job = self._job
         on_device = job.tracker.batch is not None
         stages = [
-            Stage("faces", self._place, on_device),
-            Stage("encode", self._encode, True),
-            Stage("denoise", lambda passing: self._denoise(passing, advance), True),
-            Stage("decode", self._decode, True),
-            Stage("paste", self._paste, on_device),
+            Stage("faces", _each(self._place), on_device),
+            Stage("encode", _each(self._encode), True),
+            Stage("denoise", lambda group: self._denoise(group, advance), True),
+            Stage("decode", _each(self._decode), True),
+            Stage("paste", _each(self._paste), on_device),
         ]
-        chunks = cut_chunks(job.video_path, job.count, job.num_frames, job.fps)
+        size = self._synthesizer.batcher.limit
         processor = PipelineParallelProcessor(
-            (_Passing(chunk) for chunk in chunks),
+            self._groups(size),
             stages,
             self._device,
             parallel=self._parallel,
-            shape=lambda passing: (len(passing.chunk), passing.chunk.faces is None),
+            in_flight=4 if size == 1 else 3,  # groups
+            shape=lambda group: tuple((len(p.chunk), p.chunk.faces is None) for p in group),
             timeline=job.timeline,
         )
         begin = time.perf_counter()
-        with closing(iter(processor)) as passed:  # type: ignore[type-var]
-            for passing in passed:
-                yield self._result(passing, time.perf_counter() - begin)
-                begin = time.perf_counter()
+        try:
+            with closing(iter(processor)) as passed:  # type: ignore[type-var]
+                for group in passed:
+                    seconds = (time.perf_counter() - begin) / len(group)
+                    for passing in group:
+                        yield self._result(passing, seconds)
+                    begin = time.perf_counter()
+        finally:
+            self._synthesizer.batcher.account()
         job.tracker.check_found(job.video_path)
+
+    def _groups(self, size: int) -> Iterator[list[_Passing]]:
+        """Chunks that go through the stages together; the first group may be larger by one."""
+        job = self._job
+        group: list[_Passing] = []
+        alone = int(size > 1 and self._synthesizer.pace.learns)
+        source = cut_chunks(job.video_path, job.count, job.num_frames, job.fps)
+        with closing(source) as chunks:  # type: ignore[type-var]
+            for chunk in chunks:
+                group.append(_Passing(chunk))
+                if len(group) == size + alone:
+                    yield group
+                    group, alone = [], 0
+            if group:
+                yield group
 
     def _place(self, passing: _Passing) -> _Passing:
         self._job.tracker.place(passing.chunk)
@@ -117,19 +139,22 @@ class Run:
                 )
         return passing
 
-    def _denoise(self, passing: _Passing, advance: Advance) -> _Passing:
+    def _denoise(self, group: list[_Passing], advance: Advance) -> list[_Passing]:
         steps = self._job.num_inference_steps
-        done = passing.chunk.index * steps
-        if passing.prepared is not None:
-            assert passing.audio is not None
-            passing.latents = self._synthesizer.denoise(
-                passing.chunk.index,
-                passing.prepared,
-                passing.audio,
-                lambda step: advance(done + step),
-            )
-        advance(done + steps)
-        return passing
+        done = group[0].chunk.index * steps
+        wanted: list[_Passing] = []
+        inputs: list[tuple[int, Prepared, Tensor]] = []
+        for passing in group:
+            if passing.prepared is not None:
+                assert passing.audio is not None
+                wanted.append(passing)
+                inputs.append((passing.chunk.index, passing.prepared, passing.audio))
+        if wanted:
+            found = self._synthesizer.denoise_together(inputs, lambda step: advance(done + step))
+            for passing, latents in zip(wanted, found, strict=True):
+                passing.latents = latents
+        advance(done + len(group) * steps)
+        return group
 
     def _decode(self, passing: _Passing) -> _Passing:
         if passing.latents is not None:
@@ -170,3 +195,8 @@ class Run:
             has_face=chunk.has_face,
             seconds=seconds,
         )
+
+
+def _each(work: Callable[[_Passing], _Passing]) -> Callable[[list[_Passing]], list[_Passing]]:
+    """Work on chunks, for groups of them."""
+    return lambda group: [work(passing) for passing in group]

@@ -7,47 +7,28 @@ the person's looks, and the sound of each frame.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
+from lsync_compile.models.conditions import Conditions, Prepared, joined, vouched_inputs
 from lsync_compile.models.unet import UNet3DConditionModel
+from lsync_compile.runtime.batching import Lane, Predict, SmartBatcher, chunk_bytes
 from lsync_compile.runtime.context import step_context
 from lsync_compile.runtime.guard import QualityGuard
 from lsync_compile.runtime.multiscale import MultiScaleProcessor
-from lsync_compile.runtime.pace import Pace, Walk
+from lsync_compile.runtime.pace import Pace
 from lsync_compile.runtime.running import other_options, plain_networks
+from lsync_compile.runtime.timesteps import can_jump
 
 if TYPE_CHECKING:  # it brings the libraries for video files along
     from lsync_compile.models.job import Job
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What a chunk's denoising is conditioned on; h = w = R / 8, batch 2 with guidance."""
-
-    audio: Tensor | None  # (2 f, S, D), the null half first
-    fixed: Tensor  # (2, 9, f, h, w): mask, masked-image latents, reference latents
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A chunk after the VAE's encoder; nothing random has happened to it yet.
-
-    Attributes:
-        pixels: (f, 3, R, R) float32 in [-1, 1], the faces.
-        moments: parameters of the posteriors of the masked and the reference faces, each
-            (f, 8, h, w).
-    """
-
-    pixels: Tensor
-    moments: list[Tensor]
 
 
 class ChunkSynthesizer:
@@ -91,6 +72,7 @@ class ChunkSynthesizer:
         self.joint_encoding = device.type != "cpu"
         self.noise = self._initial_noise()
         self._scales: dict[int, MultiScaleProcessor] = {}
+        self.batcher = SmartBatcher(job.session, self._chunk_bytes(), device, self._obstacle())
 
     @torch.no_grad()
     def __call__(
@@ -121,28 +103,105 @@ class ChunkSynthesizer:
         """Faces (f, 3, R, R) uint8 as the networks see them, in [-1, 1] on the device."""
         return (faces.to(self.device).float() / 255.0 - 0.5) / 0.5
 
-    @torch.no_grad()
     def denoise(
         self, chunk: int, prepared: Prepared, audio: Tensor, advance: Callable[[int], None]
     ) -> Tensor:
         """Clean latents (1, 4, f, h, w) of a chunk; arguments as for a call."""
+        return self.denoise_together([(chunk, prepared, audio)], advance)[0]
+
+    @torch.no_grad()
+    def denoise_together(
+        self,
+        chunks: Sequence[tuple[int, Prepared, Tensor]],
+        advance: Callable[[int], None],
+    ) -> list[Tensor]:
+        """Clean latents (1, 4, f, h, w) of each of the next chunks of the run.
+
+        Those that may share calls of the UNet do, see :class:`.SmartBatcher`.
+
+        Args:
+            chunks: number, faces and sound of each, as for a call.
+            advance: called with the number of finished steps of all of them after each.
+        """
+        finished: list[Tensor] = []
+        pending: list[Lane] = []
+        announced = self.job.num_inference_steps
+        alone = len(chunks) == 1 or self.batcher.limit == 1
+
+        def finish() -> None:
+            done = len(finished) * announced
+            finished.extend(self._finish(pending, lambda steps: advance(done + steps)))
+            pending.clear()
+
+        try:
+            for chunk in chunks:
+                if pending and (alone or self._next_waits_for(pending[-1])):
+                    finish()
+                elif pending:
+                    self.pace.assume(pending[-1].walk)
+                pending.append(self._begin(*chunk, alone=alone))
+            finish()
+        except BaseException:
+            self.pace.reset()  # what was assumed did not come
+            raise
+        return finished
+
+    def _begin(self, chunk: int, prepared: Prepared, audio: Tensor, *, alone: bool) -> Lane:
+        """Draw a chunk's random numbers and settle its steps."""
         conditions = self._condition(prepared, audio)
         draws = self._copied_generator(chunk)
         if self.guard is not None and self.guard.level(chunk) != self._level:
             self._level = self.guard.level(chunk)
             self._set_pace()
+        # Several chunks under way must not see each other's steps.
+        scheduler = self.scheduler if alone else copy.deepcopy(self.scheduler)
+        arguments = self._scheduler_arguments()
         clip = conditions.fixed[:1, -4:]
-        walk = self.pace.begin(
-            chunk, prepared.pixels, clip, self.noise, self.scheduler, self._scheduler_arguments()
-        )
-        with self._at_level(chunk, prepared.pixels):
-            latents = self._denoise(walk, conditions, advance)
-        self.pace.finish(walk, latents)
-        if self.guard is not None and self.guard.due(chunk):
-            ours = self.decode(latents, prepared.pixels, chunk)
-            exact = self._exact(chunk, prepared, conditions, draws)
-            self.guard.judge(chunk, ours, exact, self.job.mask)
-        return latents
+        walk = self.pace.begin(chunk, prepared.pixels, clip, self.noise, scheduler, arguments)
+        return Lane(walk, conditions, scheduler, prepared, draws)
+
+    def _next_waits_for(self, lane: Lane) -> bool:
+        """Whether the chunk after a lane's cannot be begun before it is finished."""
+        due = self.guard is not None and self.guard.due(lane.walk.chunk)
+        return due or self.pace.needs_result(lane.walk)
+
+    def _finish(self, lanes: Sequence[Lane], advance: Callable[[int], None]) -> list[Tensor]:
+        """Denoise lanes that were begun, and let those learn from them who want to."""
+        done = told = 0
+
+        def tell(steps: int) -> None:
+            nonlocal told
+            told = max(told, done + steps)  # a batch that did not fit is begun anew
+            advance(told)
+
+        def denoise(together: Sequence[Lane]) -> list[Tensor]:
+            nonlocal done
+            found = self._denoise(together, tell)
+            done += len(together) * self.job.num_inference_steps
+            return found
+
+        with self._at_level(lanes[0].walk.chunk, lanes[0].prepared.pixels):
+            results = self.batcher.run(lanes, denoise)
+        for lane, latents in zip(lanes, results, strict=True):
+            chunk, prepared = lane.walk.chunk, lane.prepared
+            self.pace.finish(lane.walk, latents)
+            if self.guard is not None and self.guard.due(chunk):
+                ours = self.decode(latents, prepared.pixels, chunk)
+                exact = self._exact(chunk, prepared, lane.conditions, lane.draws)
+                self.guard.judge(chunk, ours, exact, self.job.mask)
+        return results
+
+    def _chunk_bytes(self) -> int:
+        """Device memory that a full chunk needs in a call of the UNet."""
+        config, side = self.unet.config, self.noise.shape[-1]
+        positions = (2 if self.job.guided else 1) * self.job.num_frames * side * side
+        return chunk_bytes(config.block_out_channels[0], positions, self.unet.dtype.itemsize)
+
+    def _obstacle(self) -> str:
+        """Why chunks of this run cannot share calls, else nothing."""
+        if not can_jump(self.scheduler, self.job.eta):
+            return f"{type(self.scheduler).__name__} with eta={self.job.eta:g} may draw noise"
+        return "a callback wants each chunk's steps in their order" if self.job.callback else ""
 
     def _set_pace(self) -> None:
         """Take the steps and the solver of the level in force, knowing nothing of chunks before."""
@@ -174,7 +233,8 @@ class ChunkSynthesizer:
             arguments["generator"] = draws
         walk = pace.begin(chunk, prepared.pixels, clip, self.noise, given, arguments)
         with plain_networks():
-            latents = self._denoise(walk, conditions, None, scheduler=given)
+            lane = Lane(walk, conditions, given, prepared)
+            latents = self._denoise([lane], None)[0]
             return self.decode(latents, prepared.pixels, chunk)
 
     def _copied_generator(self, chunk: int) -> torch.Generator | None:
@@ -232,23 +292,46 @@ class ChunkSynthesizer:
         return [((draw - shift) * factor).transpose(0, 1).unsqueeze(0) for draw in draws]
 
     def _denoise(
-        self,
-        walk: Walk,
-        conditions: Conditions,
-        advance: Callable[[int], None] | None,
-        scheduler: Any = None,
-    ) -> Tensor:
-        """From where a chunk's walk begins to clean latents (1, 4, f, h, w).
+        self, lanes: Sequence[Lane], advance: Callable[[int], None] | None
+    ) -> list[Tensor]:
+        """From where walks of the same steps begin to clean latents (1, 4, f, h, w) of each.
 
-        Without ``advance`` nobody is told of the steps.
+        Args:
+            lanes: share the calls.
+            advance: told how many of all lanes' announced steps are done; nobody is without.
         """
-        job, latents, timesteps = self.job, walk.latents, walk.timesteps
-        scheduler = scheduler or self.scheduler
-        on_device, values = timesteps.to(latents.device), timesteps.tolist()
+        job, walk = self.job, lanes[0].walk
+        count, predict = len(walk.timesteps), self._shared_calls(lanes)
+        latents = [lane.walk.latents for lane in lanes]
+        for step, timestep in enumerate(walk.timesteps):
+            noises = predict(step, latents)
+            latents = [
+                lane.walk.step(step, noise, each)
+                for lane, noise, each in zip(lanes, noises, latents, strict=True)
+            ]
+            if advance is None:
+                continue
+            # Of the steps that were announced, whatever number it took.
+            advance(len(lanes) * ((step + 1) * job.num_inference_steps // count))
+            if job.callback is not None and step % job.callback_steps == 0:
+                for each in latents:
+                    job.callback(step, timestep, each)
+        return latents
+
+    def _shared_calls(self, lanes: Sequence[Lane]) -> Predict:
+        """Calls of the UNet for several lanes, in steps of the first one's walk."""
+        job, walk = self.job, lanes[0].walk
+        timesteps, values = walk.timesteps, walk.timesteps.tolist()
+        on_device = timesteps.to(walk.latents.device)
+        conditions = joined([lane.conditions for lane in lanes], job.guided)
         vouched = vouched_inputs(self.vae, self.unet, guided=job.guided)
-        for step, timestep in enumerate(timesteps):
-            sample = scheduler.scale_model_input(latents, timestep)
-            sample = torch.cat([sample, sample]) if job.guided else sample
+
+        def predict(step: int, latents: Sequence[Tensor]) -> list[Tensor]:
+            samples = [
+                lane.scheduler.scale_model_input(each, timesteps[step])
+                for lane, each in zip(lanes, latents, strict=True)
+            ]
+            sample = torch.cat([*samples, *samples] if job.guided else samples)
             sample = torch.cat([sample, conditions.fixed], dim=1)
             with step_context(
                 self.run,
@@ -259,20 +342,15 @@ class ChunkSynthesizer:
                 timestep=values[step],
                 vouched=vouched,
             ):
-                noise = self.unet(
+                noise: Tensor = self.unet(
                     sample, on_device[step], encoder_hidden_states=conditions.audio
                 ).sample
             if job.guided:
                 null, heard = noise.chunk(2)
                 noise = null + job.guidance_scale * (heard - null)
-            latents = walk.step(step, noise, latents)
-            if advance is None:
-                continue
-            # Of the steps that were announced, whatever number it took.
-            advance((step + 1) * job.num_inference_steps // len(values))
-            if job.callback is not None and step % job.callback_steps == 0:
-                job.callback(step, timestep, latents)
-        return latents
+            return list(noise.split(1))
+
+        return predict
 
     def _scheduler_arguments(self, scheduler: Any = None) -> dict[str, object]:
         """The arguments of ``scheduler.step`` that not every scheduler takes."""
@@ -292,46 +370,3 @@ class ChunkSynthesizer:
         with self._at_level(chunk, pixels):
             decoded: Tensor = self.vae.decode(flat).sample
         return decoded * (1 - mask).to(decoded.dtype) + (pixels * mask).to(decoded.dtype)
-
-
-def vouched_inputs(vae: Any, unet: Any, *, guided: bool) -> frozenset[str]:
-    """What holds for the UNet's inputs in all steps of a chunk, see ``runtime.context``."""
-    vouched = set()
-    if vae.config.latent_channels == 4:
-        vouched.add("constant_channels")
-    if guided:
-        vouched.add("guidance")
-        if unet.config.add_audio_layer:
-            vouched.add("null_audio")
-    return frozenset(vouched)
-
-
-def example_inputs(
-    vae: Any, unet: Any, *, frames: int, tokens: int, guided: bool
-) -> dict[str, dict[str, Tensor]]:
-    """Zeros of the shapes and dtypes that one chunk of a run has, by module and argument.
-
-    Args:
-        vae, unet: where they are is where the inputs are.
-        frames: of the chunk.
-        tokens: of the sound, for a frame.
-        guided: with the doubled batch of guidance.
-    """
-    config, side = unet.config, int(unet.config.sample_size)
-    device, dtype = unet.device, unet.dtype
-    batch = 2 if guided else 1
-    pictures = frames if device.type == "cpu" else 2 * frames  # see `joint_encoding`
-    pixels = side * 2 ** (len(vae.config.block_out_channels) - 1)
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, device=device, dtype=dtype)
-
-    return {
-        "unet": {
-            "sample": zeros(batch, config.in_channels, frames, side, side),
-            "timestep": torch.tensor(501, device=device),
-            "encoder_hidden_states": zeros(batch * frames, tokens, config.cross_attention_dim),
-        },
-        "vae.encoder": {"sample": zeros(pictures, 3, pixels, pixels)},
-        "vae.decoder": {"sample": zeros(frames, vae.config.latent_channels, side, side)},
-    }

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lsync_compile.models.synthesis import ChunkSynthesizer, Prepared
+from lsync_compile.models.conditions import Prepared
+from lsync_compile.models.synthesis import ChunkSynthesizer
 
 
 @dataclass

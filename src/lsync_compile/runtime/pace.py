@@ -40,6 +40,7 @@ class Walk:
         clip: (1, 4, f, h, w), latents of the clip's faces.
         advance: ``(index of the timestep, predicted noise, latents) -> latents`` after the step.
         path: records the steps; None where nobody will ask.
+        begin: sets the scheduler as it was before the first step.
     """
 
     chunk: int
@@ -48,6 +49,14 @@ class Walk:
     clip: Tensor
     advance: Step
     path: Path | None = None
+    begin: Callable[[], None] = lambda: None
+
+    def restart(self) -> None:
+        """Forget the steps taken, for a walk that is begun anew."""
+        self.begin()
+        if self.path is not None:
+            self.path.latents.clear()
+            self.path.predicted.clear()
 
     def step(self, index: int, noise: Tensor, latents: Tensor) -> Tensor:
         """Latents after a step, all (1, 4, f, h, w)."""
@@ -138,9 +147,21 @@ class Pace:
         # Set anew for each chunk: multi-step solvers keep the last chunk's history otherwise. On
         # the host: schedulers look at timesteps in each step, and to read one from a GPU the host
         # would wait for all that it has given it.
-        scheduler.set_timesteps(steps if whole else self._base, device="cpu")
+        count = steps if whole else self._base
+
+        def begin() -> None:
+            scheduler.set_timesteps(count, device="cpu")
+
+        begin()
         started = noise.expand_as(clip) * scheduler.init_noise_sigma
-        walk = Walk(chunk, started, scheduler.timesteps, clip, _scheduled(scheduler, arguments, 0))
+        walk = Walk(
+            chunk,
+            started,
+            scheduler.timesteps,
+            clip,
+            _scheduled(scheduler, arguments, 0),
+            begin=begin,
+        )
         if whole and temporal is not None and steps == self._base:
             walk.path = Path(levels(scheduler))
         elif not whole and temporal is not None and temporal.method == "renoise":
@@ -160,6 +181,26 @@ class Pace:
         """Take the clean latents (1, 4, f, h, w) of a chunk that was begun."""
         if self._temporal is not None:
             self._temporal.keep(walk.chunk, walk.clip, latents, walk.path)
+
+    @property
+    def learns(self) -> bool:
+        """Whether chunks are begun with what the first one tells."""
+        return self._temporal is not None
+
+    def needs_result(self, walk: Walk) -> bool:
+        """Whether the next chunk cannot be begun before this walk is finished."""
+        temporal = self._temporal
+        return temporal is not None and (temporal.method == "renoise" or walk.path is not None)
+
+    def assume(self, walk: Walk) -> None:
+        """Have the next chunk begun as if this walk were finished."""
+        if self._temporal is not None:
+            self._temporal.assume(walk.chunk)
+
+    def reset(self) -> None:
+        """Forget all chunks, after an error."""
+        if self._temporal is not None:
+            self._temporal.reset()
 
     def _steps(self, change: Change | None, *, known: bool) -> int:
         if self._temporal is not None and not known:

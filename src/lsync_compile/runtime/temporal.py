@@ -97,7 +97,7 @@ class TemporalCoherenceOptimizer:
         self.refresh = refresh
         self.path: Path | None = None
         self._chunk: int | None = None
-        self._since = 0  # chunks since the last full one
+        self._full = 0  # the last chunk that took all steps
         self._change = torch.empty(0)  # (1, 4, 1, h, w), last result minus clip
 
     def reset(self) -> None:
@@ -106,7 +106,7 @@ class TemporalCoherenceOptimizer:
 
     def knows(self, chunk: int) -> bool:
         """Whether enough is known for fewer steps: the chunk just before was denoised."""
-        due = self.refresh > 0 and self._since + 1 >= self.refresh
+        due = self.refresh > 0 and chunk - self._full >= self.refresh
         return self.path is not None and self._chunk == chunk - 1 and not due
 
     def start(
@@ -141,11 +141,14 @@ class TemporalCoherenceOptimizer:
             path: of a chunk that took all steps of the base schedule, else None.
         """
         self._chunk = chunk
-        self._since += 1
         self._change = (latents - clip)[:, :, -1:].clone()
         if path is not None:
             path.latents.append(latents.float().mean(dim=2, keepdim=True))
-            self.path, self._since = path, 0
+            self.path, self._full = path, chunk
+
+    def assume(self, chunk: int) -> None:
+        """``path``: count a chunk that is under way as done; the next needs no more of it."""
+        self._chunk = chunk
 
     def _mixed(self, noise: Tensor, generator: torch.Generator | None) -> Tensor:
         """The run's noise with a share of fresh one, one frame of it for the whole chunk."""
