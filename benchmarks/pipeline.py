@@ -6,7 +6,8 @@
     python benchmarks/pipeline.py --model mini --lengths 2 --with steps=2   # any machine, a check
 
 The full-size model has the shapes of LatentSync 1.6 (UNet, Stable Diffusion's VAE, Whisper tiny)
-and random weights: its mouths mean nothing, its speed does. The clip and its faces are real.
+and random weights: its mouths mean nothing (and cost the video encoder more than real ones), its
+speed does. The clip and its faces are real.
 
 A setting is a preset or one of the names in ``NAMED``, with ``+name=value`` for each option that is
 to differ; ``steps`` and ``guidance`` are the arguments of the call. For each, a job of a few chunks
@@ -46,15 +47,14 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, STAGE2_512, merge_results, recorded
-from diffusers import AutoencoderKL
 from memory import SAMPLE, quarters
 from trace_picture import draw
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from unet_step import random_unet
-from vae import SD_VAE
 
 import lsync_compile
+from lsync_compile.bench.networks import random_unet, random_vae
+from lsync_compile.bench.sizes import SD_VAE
 from lsync_compile.errors import LsyncError
 from lsync_compile.media.audio import load_audio
 from lsync_compile.models.pipeline import LatentSyncPipeline
@@ -123,10 +123,8 @@ def make_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
     if model != "full":
         return LatentSyncPipeline.from_pretrained(model, torch_dtype=dtype, device=device)
     unet = random_unet(dict(STAGE2_512), device).to(dtype)
-    with torch.device(device):
-        vae = AutoencoderKL(**SD_VAE, scaling_factor=0.18215).to(dtype)
-        whisper = WhisperAudioEncoder(WhisperEncoder(WhisperConfig(**WHISPER_TINY)))
-    vae.eval().requires_grad_(False)
+    vae = random_vae(dict(SD_VAE), device, dtype)
+    whisper = WhisperAudioEncoder(WhisperEncoder(WhisperConfig(**WHISPER_TINY)))
     pipeline = LatentSyncPipeline(vae, whisper, unet, default_scheduler())
     return pipeline.to(device)
 
