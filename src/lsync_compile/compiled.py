@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lsync_compile.errors import OptionError
 from lsync_compile.options import Options
@@ -20,6 +21,11 @@ from lsync_compile.runtime.running import running
 if TYPE_CHECKING:
     from lsync_compile.explain import Explanation
     from lsync_compile.targets import CompiledCall
+
+# Without a GPU, torch 2.11 crashes in whatever thread traces after the first that ever did has
+# ended. Stages trace in threads that end, so the first is the one that imports this.
+with FakeTensorMode():
+    pass
 
 _LINK = "_lsync_link"
 _RUNS = frozenset({"synthesize"})  # ways to run a pipeline beside calling it
