@@ -10,8 +10,9 @@ milliseconds of the call, ``ms_per_chunk``, ``first_chunk_ms`` (the denoising ti
 first chunk of the batch is done, ``--steps`` calls), the memory that calls take beside weights and
 inputs, and how far the chunks are from the same ones alone in the plain network (relative and
 largest error of the predicted noise; rounding, as kernels are chosen by the size of the batch, and
-of a variant its own). Rows are written as they come: a call with ``--seconds`` starts none that would not be done by then, and the same call again
-measures what is missing. Plain networks come first; every variant compiles once for each row.
+of a variant its own). Rows are written as they come: a call with ``--seconds`` starts none that
+would not be done by then, and the same call again measures what is missing. Plain networks come
+first; every variant compiles once for each row.
 """
 
 from __future__ import annotations
