@@ -241,3 +241,26 @@ def test_halvings_leave_a_factor_of_two():
         2,
         4,
     ]
+
+
+def test_frames_side_by_side_have_the_same_faces_in_the_same_places(detector, frames, monkeypatch):
+    monkeypatch.setattr(mtcnn, "_cores", lambda: 6)
+    blank = np.zeros_like(frames[0])
+    shown = [frames[0], blank, *frames[1:3]]
+    together = detector.detect_all(shown)
+    assert len(detector._others) == 2  # of six cores half, so that others have some
+    assert together[1] is None
+    for frame, found in zip(shown, together, strict=True):
+        alone = detector.detect(frame)
+        assert (alone is None) == (found is None)
+        if alone is not None:
+            np.testing.assert_array_equal(found.points, alone.points)
+    assert detector.detect_all([]) == []
+
+
+def test_an_error_while_frames_are_looked_at_side_by_side_is_raised(detector, monkeypatch):
+    monkeypatch.setattr(mtcnn, "_cores", lambda: 6)
+    frame = np.zeros((64, 64, 3), dtype=np.uint8)
+    with pytest.raises(AttributeError, match="shape"):
+        detector.detect_all([frame, None, frame])
+    assert detector.detect_all([frame, frame]) == [None, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -212,3 +213,30 @@ def test_a_lost_face_is_not_tracked(shared: Path) -> None:
     )
     assert detector.track(frame, elsewhere) is None
     assert detector.track(frame[::-1].copy(), face) is None
+
+
+def test_frames_of_a_chunk_are_searched_together_and_equal_ones_once() -> None:
+    class Batch(Moving):
+        asked: tuple[int, ...] = ()
+
+        def detect_all(self, frames: Sequence[Frame]) -> list[Face | None]:
+            self.asked += (len(frames),)
+            return [self.detect(frame) for frame in frames]
+
+    shown = [scene(), scene(shift=3), scene(), np.zeros_like(scene()), scene(shift=3)]
+    detector = Batch()
+    cached = CachedFaceDetector(detector)
+    cached.detect(shown[1])
+    faces = cached.detect_all(shown)
+    assert detector.asked == (2,)
+    assert faces[0] is faces[2]
+    assert faces[1] is faces[4]
+    assert faces[3] is None
+    assert (cached.counts.frames, cached.counts.exact, cached.counts.searched) == (6, 3, 3)
+    # As one after the other, whatever is forgotten meanwhile.
+    few = CachedFaceDetector(Batch(), capacity=1)
+    assert [face is None for face in few.detect_all(shown)] == [face is None for face in faces]
+    # What depends on the frame before is not searched ahead.
+    tracking = Batch()
+    CachedFaceDetector(tracking, tracking=True).detect_all(shown[:2])
+    assert (tracking.asked, tracking.trackings) == ((), 1)

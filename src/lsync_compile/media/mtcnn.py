@@ -17,8 +17,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import cv2
 import numpy as np
@@ -34,6 +38,8 @@ _GROUP = 2
 _REFINE_SIZE, _OUTPUT_SIZE = 24, 48
 # Overlap above which the weaker of two boxes is dropped: within a scale, across scales, at the end.
 _OVERLAP_SCALE, _OVERLAP, _OVERLAP_FINAL = 0.5, 0.7, 0.7
+# Frames looked at side by side at most; each has networks of its own, 2 MB.
+_MOST_WORKERS = 8
 # Smallest face searched for, as a share of the frame's short side and in pixels.
 _MIN_FACE_SHARE, _MIN_FACE = 0.055, 20
 # What a candidate must score in each of the three networks.
@@ -82,6 +88,7 @@ class MtcnnDetector:
         self._output = _read_network(folder / "onet.onnx")
         self._min_score = min_score
         self._min_face = min_face
+        self._others: list[MtcnnDetector] = []
 
     def detect(self, frame: Frame) -> Face | None:
         """The largest usable face of an RGB frame (H, W, 3) uint8, or None."""
@@ -92,6 +99,30 @@ class MtcnnDetector:
                 if confirmed.score >= self._min_score:
                     return confirmed
         return None
+
+    def detect_all(self, frames: Sequence[Frame]) -> list[Face | None]:
+        """What `detect` gives for each frame, the frames shared out among the processor's cores.
+
+        A frame's networks are too small to keep several cores busy.
+        """
+        workers = min(len(frames), _MOST_WORKERS, max(1, _cores() // 2))
+        while len(self._others) < workers - 1:
+            self._others.append(MtcnnDetector(min_score=self._min_score, min_face=self._min_face))
+        if workers < 2:
+            return [self.detect(frame) for frame in frames]
+        free: SimpleQueue[MtcnnDetector] = SimpleQueue()
+        for detector in (self, *self._others[: workers - 1]):
+            free.put(detector)
+
+        def detect(frame: Frame) -> Face | None:
+            detector = free.get()
+            try:
+                return detector.detect(frame)
+            finally:
+                free.put(detector)
+
+        with ThreadPoolExecutor(workers, thread_name_prefix="lsync-detect") as pool:
+            return list(pool.map(detect, frames))
 
     def track(self, frame: Frame, last: Face) -> Face | None:
         """The face that was at `last` a frame ago, without a search; None if not surely there.
@@ -221,6 +252,13 @@ def brows_and_nose(points: Points) -> Points:
     eyes, mouth = (left + right) / 2, (points[3] + points[4]) / 2
     up = eyes - mouth
     return np.stack([left + _BROW * up, right + _BROW * up, tip + _NOSE * (eyes - tip)])
+
+
+def _cores() -> int:
+    """The processor's cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _model_folder() -> Path:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lsync_compile.errors import NoFaceError, OptionError
 from lsync_compile.media.align import FaceAligner, crop_face
 from lsync_compile.media.align_batch import BatchAligner
-from lsync_compile.media.faces import Face, FaceDetector, Frame
+from lsync_compile.media.faces import Face, FaceDetector, Frame, detect_all
 from lsync_compile.media.video import PingPongReader
 
 Matrix = NDArray[np.float32]
@@ -106,6 +106,13 @@ class FaceTracker:
 
     def place(self, chunk: Chunk) -> Chunk:
         """Find, align and cut the faces of the next chunk; gives the same chunk."""
+        unseen = {
+            source: frame
+            for source, frame in zip(chunk.sources, chunk.frames, strict=True)
+            if source not in self._matrices and source not in self.faces
+        }
+        found = detect_all(self.detector, list(unseen.values()))
+        self.faces.update(zip(unseen, found, strict=True))
         chunk.matrices = [
             self.matrix(source, frame)
             for source, frame in zip(chunk.sources, chunk.frames, strict=True)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol, runtime_checkable
 
@@ -27,7 +28,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from lsync_compile.media.faces import Face, FaceDetector, Frame
+from lsync_compile.media.faces import Face, FaceDetector, Frame, detect_all
 
 # Bits of 64 by which frames that look alike may differ; a cut differs by 20 and more.
 _ALIKE = 10
@@ -123,8 +124,26 @@ class CachedFaceDetector:
 
     def detect(self, frame: Frame) -> Face | None:
         """The largest usable face of an RGB frame (H, W, 3) uint8, or None."""
+        return self._detect(frame, exact_key(frame), {})
+
+    def detect_all(self, frames: Sequence[Frame]) -> list[Face | None]:
+        """What `detect` gives for each frame; searches that are sure to come are made together."""
+        keys = [exact_key(frame) for frame in frames]
+        ahead: dict[bytes, Face | None] = {}
+        # A near hit or a tracking depends on the frame before.
+        if self._tolerance == 0 and self._tracker is None:
+            new = {
+                key: frame
+                for key, frame in zip(keys, frames, strict=True)
+                if key not in self._known
+            }
+            found = detect_all(self._detector, list(new.values()))
+            ahead = dict(zip(new, found, strict=True))
+        return [self._detect(frame, key, ahead) for key, frame in zip(keys, frames, strict=True)]
+
+    def _detect(self, frame: Frame, key: bytes, ahead: dict[bytes, Face | None]) -> Face | None:
+        """The face of a frame, with searches that were made ahead by its key."""
         self.counts.frames += 1
-        key = exact_key(frame)
         known = self._known.get(key)
         if known is not None:
             self._known.move_to_end(key)
@@ -135,7 +154,7 @@ class CachedFaceDetector:
         bits = perceptual_hash(frame) if approximate else 0
         face, kind = self._without_search(frame, bits) if approximate else (None, "")
         if face is None or self._unsearched >= self._refresh:
-            found = self._detector.detect(frame)
+            found = ahead[key] if key in ahead else self._detector.detect(frame)
             self._check(face, found)
             face, kind = found, "searched"
             self._unsearched = 0
