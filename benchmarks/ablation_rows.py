@@ -106,6 +106,7 @@ MULTI_SCALE = [
     lip("multi-scale with 3/0 linear", pool="4", decode=True, deep_interval=3),
 ]
 
+THREE_LINEAR = deep("", interval=3, head=2, predictor="linear").options or {}
 DEEP_2_0 = {"deep_cache": True, "deep_cache_interval": 2}
 
 # Steps of the base schedule left out evenly; then with what long steps missed before added to them.
@@ -119,6 +120,12 @@ PACE = [
     Row("renoise, 10 steps", temporal("renoise", 10)),
     Row("5 steps, spread, dpmpp_2m", {"few_steps": 5, "solver": "dpmpp_2m"}),
     Row("path, 5 steps, 2/0", {**temporal("path", 5), **DEEP_2_0}),
+]
+
+# The op takes the library's product where that is faster; on a CPU all layers are rounded.
+EIGHT_BITS = [
+    Row("fp8 linear", {"fp8_linear": True}),
+    Row("fp8 linear with 3/0 linear", {"fp8_linear": True, **THREE_LINEAR}),
 ]
 
 # Found around the networks: they change where a face is cut, by the detector's own noise.
@@ -137,5 +144,6 @@ ROWS = [
     *DEEP_CACHE_AND_FEWER_STEPS,
     *MULTI_SCALE,
     *PACE,
+    *EIGHT_BITS,
     *FACES,
 ]

@@ -14,6 +14,7 @@ from typing import Any
 from common import mouth_mask
 from torch import Tensor
 
+from lsync_compile.kernels.fp8_linear import quantised
 from lsync_compile.kernels.lip_tables import encode_region
 from lsync_compile.kernels.residual_moments import residual_moments_reference
 from lsync_compile.kernels.upsample_conv import phases_of
@@ -54,6 +55,9 @@ def cases(
             ("lip_attention", "", _lip_attention),
             ("geglu", "", _geglu),
             ("linear_geglu", "projected ", _linear_geglu),
+            ("fp8_linear", "queries, keys, values ", _fp8_linear(1, 3)),
+            ("fp8_linear", "feed-forward in ", _fp8_linear(1, 8)),
+            ("fp8_linear", "feed-forward out ", _fp8_linear(4, 1)),
             ("add_layer_norm", "", _add_layer_norm),
             ("layer_norm", "alone ", _layer_norm),
             ("upsample_conv", "to ", _upsample_conv),
@@ -183,6 +187,20 @@ def _linear_geglu(
         return x, weight * width**-0.5, draw(8 * width)
 
     return arguments
+
+
+def _fp8_linear(inside: int, outside: int) -> Callable[[int, int, int, int], Any]:
+    """A linear layer from and to so many times the width."""
+
+    def make(side: int, width: int, batch: int, frames: int) -> Callable[[Draw], tuple[Any, ...]]:
+        def arguments(draw: Draw) -> tuple[Any, ...]:
+            x = draw(batch * frames, side * side, inside * width)
+            weight = draw(outside * width, inside * width) * (inside * width) ** -0.5
+            return x, weight, draw(outside * width), *quantised(weight)
+
+        return arguments
+
+    return make
 
 
 def _add_layer_norm(

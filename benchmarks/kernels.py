@@ -36,7 +36,8 @@ from lsync_compile.kernels.accuracy import error, exact, largest_error
 from lsync_compile.kernels.launch import runs_kernel
 from lsync_compile.kernels.spatial_attention_kernels import flash_attention, takes
 
-# The package's attribute of that name is the op.
+# The package's attributes of these names are the ops.
+fp8_linear = importlib.import_module("lsync_compile.kernels.fp8_linear")
 linear_geglu = importlib.import_module("lsync_compile.kernels.linear_geglu")
 CACHE = 50 * 2**20  # bytes of an H100's L2
 SMALL_LEVELS = ((8, 64), (4, 64))
@@ -82,6 +83,8 @@ def library(kernel: str, arguments: tuple[Any, ...]) -> list[Variant]:
         return by_head(arguments)
     if kernel == "linear_geglu":
         return products(arguments)
+    if kernel == "fp8_linear":
+        return eight_bits(arguments)
     if kernel != "temporal_attention":
         return []
     total, tokens, channels = arguments[0].shape
@@ -124,6 +127,31 @@ def products(arguments: tuple[Any, ...]) -> list[Variant]:
         Variant(name, linear_geglu.KERNELS[name], rows, back)
         for name in linear_geglu.usable(*rows(*arguments))
     ]
+
+
+def eight_bits(arguments: tuple[Any, ...]) -> list[Variant]:
+    """Each of the ways that the op chooses from, and its two parts alone."""
+
+    def rows(x: Tensor, *rest: Any) -> tuple[Any, ...]:
+        return x.flatten(0, -2), *rest
+
+    def rounded_before(x: Tensor, *rest: Any) -> tuple[Any, ...]:
+        return *rows(x, *rest), *fp8_linear.quantise_rows(x.flatten(0, -2))
+
+    def product(
+        x: Tensor, weight: Tensor, bias: Any, codes: Tensor, scales: Tensor, *own: Tensor
+    ) -> Tensor:
+        return torch._scaled_mm(
+            own[0], codes.t(), own[1], scales.t(), bias, out_dtype=x.dtype, use_fast_accum=True
+        )
+
+    def back(out: Tensor) -> Tensor:
+        return out.view(*arguments[0].shape[:-1], -1)
+
+    if not arguments[0].is_cuda:
+        return []
+    ways = [Variant(name, call, rows, back) for name, call in fp8_linear.KERNELS.items()]
+    return [*ways, Variant("fp8, rounded before", product, rounded_before, back)]
 
 
 def by_head(arguments: tuple[Any, ...]) -> list[Variant]:

@@ -10,7 +10,7 @@
     lsync with=NAME+NAME           with fusions that are off in ``exact`` as well
 
 NAME is a boolean option that is on in ``exact``: the passes in running order, then the others.
-After ``with=`` it is a fusion that is off, see :func:`candidates`.
+After ``with=`` it is a fusion that is off, see :func:`candidates`, or one of `LOSSY`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
 import lsync_compile
-from lsync_compile.options import Options, resolve_options
+from lsync_compile.bench.rows import switches
+from lsync_compile.options import resolve_options
 from lsync_compile.passes.manager import ordered
 from lsync_compile.passes.spec import registered
 
-NO_OPTIMISATION = frozenset({"strict", "compile_vae"})
+LOSSY = ("fp8_linear",)
 WATERFALLS = ("to", "only", "without")
 
 
@@ -43,18 +43,6 @@ class Pipeline:
 
     def __call__(self, work: Callable[[], Any]) -> Any:
         return work()
-
-
-def switches() -> list[str]:
-    """Boolean options that are on in ``exact`` and optimise, in the order of the waterfall."""
-    exact = resolve_options("exact")
-    passes = [cls.spec.option for cls in ordered(registered().values())]
-    others = [spec.name for spec in fields(Options) if spec.name not in passes]
-    return [
-        name
-        for name in [*dict.fromkeys(passes), *others]
-        if getattr(exact, name) is True and name not in NO_OPTIMISATION
-    ]
 
 
 def candidates() -> list[str]:
@@ -84,7 +72,7 @@ def options_of(variant: str) -> dict[str, Any] | None:
         if words[1] == "none":
             return {**common, **dict.fromkeys(names, False)}
         more = name.split("+")
-        if kind == "with" and set(more) <= set(candidates()):
+        if kind == "with" and set(more) <= {*candidates(), *LOSSY}:
             return {**common, **dict.fromkeys(more, True)}
         if kind in WATERFALLS and name in names:
             place = names.index(name)

@@ -31,6 +31,7 @@ CUDA = torch.device("cuda")
 # The package's attribute of that name is the op.
 attention = importlib.import_module("lsync_compile.kernels.spatial_attention")
 products = importlib.import_module("lsync_compile.kernels.linear_geglu")
+eight_bits = importlib.import_module("lsync_compile.kernels.fp8_linear")
 enlarged = importlib.import_module("lsync_compile.kernels.upsample_conv")
 LEVELS = ((64, 320), (32, 640), (16, 1280), (8, 1280))
 BATCH, FRAMES = 2, 16
@@ -172,6 +173,26 @@ def test_moments_measured_where_a_sum_is_written(draw, side, width):
     _, moments = residual_moments(frames, None, None)
     judge("group_norm_from_moments", x, moments, 32, weight, bias, 1e-5, True)
     judge("group_norm_from_moments", frames, moments, 32, weight, bias, 1e-6, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("side", "width"), LEVELS)
+def test_fp8_linear_in_every_way(draw, side, width, dtype):
+    x, bias = draw(BATCH * FRAMES, side * side, width, dtype=dtype), draw(8 * width, dtype=dtype)
+    weight = draw(8 * width, width, dtype=dtype) * width**-0.5
+    arguments = x, weight, bias, *eight_bits.quantised(weight)
+    wanted = (eight_bits.fp8_linear_reference(*arguments).double(),)
+    bound = 6e-3  # a result of 8 bits, and codes at the border of two
+    ran = 0
+    for name in ("fp8", "fp8 by bfloat16"):
+        try:
+            out = eight_bits.KERNELS[name](x.flatten(0, 1), *arguments[1:])
+        except RuntimeError:  # a version of CUDA that does not make this dtype
+            continue
+        assert largest_error(out.view(*x.shape[:-1], -1), wanted) <= bound
+        ran += 1
+    assert ran > 0
+    judge("fp8_linear", *arguments)  # whichever way is faster here
 
 
 @pytest.mark.parametrize(("side", "width"), LEVELS)

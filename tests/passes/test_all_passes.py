@@ -35,7 +35,8 @@ from lsync_compile.report import PassRecord
 from lsync_compile.runtime.context import VOUCHES
 
 PASSES = ordered(registered().values())
-EVERYTHING = {cls.spec.option: True for cls in PASSES}
+APPROXIMATE = {"fp8_linear"}  # whose price is another test's
+EVERYTHING = {cls.spec.option: cls.spec.option not in APPROXIMATE for cls in PASSES}
 EXACT = {cls.spec.option: cls.spec.exact for cls in PASSES}
 HALF = [torch.float16, torch.bfloat16]
 
@@ -120,8 +121,9 @@ def test_each_pass_in_its_turn_keeps_the_result(network: str) -> None:
     """One more pass at a time, so that a failure names the pass."""
     case = captured(network)
     before = case.error(case.graph)
-    for place, cls in enumerate(PASSES):
-        on = {each.spec.option: number <= place for number, each in enumerate(PASSES)}
+    exact = [cls for cls in PASSES if EVERYTHING[cls.spec.option]]
+    for place, cls in enumerate(exact):
+        on = {each.spec.option: number <= place for number, each in enumerate(exact)}
         gm = case.fresh()
         record = rewrite(gm, case, kernels="on", **on)[cls.spec.name]
         assert record.outcome != "off"
@@ -191,6 +193,7 @@ def test_what_stable_diffusion_s_unet_gets() -> None:
         "fuse_add_layer_norm": 32,
         "fuse_layer_norm": 16,  # which follow a projection, not a sum
         "fuse_upsample_conv": 3,
+        "fuse_residual_moments": 39 - 3,  # not where an enlarged picture is joined with another
         "channels_last": 49,  # of 52 convolutions; the op brings its weights along
     }
     assert {name: counts.get(name) for name in wanted} == wanted

@@ -24,6 +24,7 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 
