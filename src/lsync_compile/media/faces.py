@@ -62,6 +62,15 @@ class BatchDetector(FaceDetector, Protocol):
         ...
 
 
+@runtime_checkable
+class TrackingDetector(FaceDetector, Protocol):
+    """A detector that can also follow a face."""
+
+    def track(self, frame: Frame, last: Face) -> Face | None:
+        """The face that was at `last` a frame ago; None where it is not surely there."""
+        ...
+
+
 def detect_all(detector: FaceDetector, frames: Sequence[Frame]) -> list[Face | None]:
     """What `detector.detect` gives for each of the frames, at once where it can do that."""
     if isinstance(detector, BatchDetector):

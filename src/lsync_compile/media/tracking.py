@@ -4,6 +4,9 @@ The clip is read once, frame by frame, and played back and forth where the sound
 clip. Every frame of the clip is detected and aligned on its first, forward showing; later showings
 reuse its matrix, so a looped clip costs no second detection and its matrices do not depend on the
 direction of play.
+
+Of two people of about the same size, now one is the larger and now the other. The one of the frame
+before is kept until the other is clearly larger or a cut takes it away.
 """
 
 from __future__ import annotations
@@ -19,10 +22,14 @@ from numpy.typing import NDArray
 from lsync_compile.errors import NoFaceError, OptionError
 from lsync_compile.media.align import FaceAligner, crop_face
 from lsync_compile.media.align_batch import BatchAligner
-from lsync_compile.media.faces import Face, FaceDetector, Frame, detect_all
+from lsync_compile.media.faces import Face, FaceDetector, Frame, TrackingDetector, detect_all
 from lsync_compile.media.video import PingPongReader
 
 Matrix = NDArray[np.float32]
+
+# A face this share of its own size away from the last one is looked upon as another's, which must
+# be this many times as large to be taken in its place.
+_ELSEWHERE, _CLEARLY_LARGER = 0.5, 1.5
 
 
 @dataclass
@@ -82,6 +89,7 @@ class FaceTracker:
     faces: dict[int, Face | None] = field(default_factory=dict)
     _matrices: dict[int, Matrix | None] = field(default_factory=dict)
     _aligner: FaceAligner = field(init=False)
+    _last: Face | None = None
 
     def __post_init__(self) -> None:
         if self.on_missing_face not in ("pass", "fail"):
@@ -94,7 +102,7 @@ class FaceTracker:
         """The alignment of frame ``source`` of the clip, or None if it shows no usable face."""
         if source not in self._matrices:
             if source not in self.faces:
-                self.faces[source] = self.detector.detect(frame)
+                self._find({source: frame})
             face = self.faces[source]
             if face is None and self.on_missing_face == "fail":
                 raise NoFaceError(
@@ -106,13 +114,13 @@ class FaceTracker:
 
     def place(self, chunk: Chunk) -> Chunk:
         """Find, align and cut the faces of the next chunk; gives the same chunk."""
-        unseen = {
-            source: frame
-            for source, frame in zip(chunk.sources, chunk.frames, strict=True)
-            if source not in self._matrices and source not in self.faces
-        }
-        found = detect_all(self.detector, list(unseen.values()))
-        self.faces.update(zip(unseen, found, strict=True))
+        self._find(
+            {
+                source: frame
+                for source, frame in zip(chunk.sources, chunk.frames, strict=True)
+                if source not in self._matrices and source not in self.faces
+            }
+        )
         chunk.matrices = [
             self.matrix(source, frame)
             for source, frame in zip(chunk.sources, chunk.frames, strict=True)
@@ -124,6 +132,26 @@ class FaceTracker:
             chunk.shown = [chunk.sources[donor] for donor in donors]
             chunk.faces = faces[[order.index(donor) for donor in donors]]
         return chunk
+
+    def _find(self, frames: dict[int, Frame]) -> None:
+        """Look for the face in frames of the clip, by their position, in forward order."""
+        found = detect_all(self.detector, list(frames.values()))
+        for (source, frame), face in zip(frames.items(), found, strict=True):
+            last = self.faces.get(source - 1) or self._last
+            self.faces[source] = face if last is None else self._same_person(frame, face, last)
+            self._last = self.faces[source] or last
+
+    def _same_person(self, frame: Frame, face: Face | None, last: Face) -> Face | None:
+        """The face found, or the one that was at `last` if that is there too and about as large."""
+        if face is None or not isinstance(self.detector, TrackingDetector):
+            return face
+        away = np.abs(face.points.mean(axis=0) - last.points.mean(axis=0))
+        if (away < _ELSEWHERE * (last.box[2:] - last.box[:2])).all():
+            return face
+        kept = self.detector.track(frame, last)
+        if kept is None or _area(face) > _CLEARLY_LARGER * _area(kept):
+            return face
+        return kept
 
     def _cut(self, chunk: Chunk) -> torch.Tensor | None:
         """The faces of the frames that have one, (n, 3, R, R) uint8."""
@@ -161,6 +189,11 @@ class FaceTracker:
     def found(self) -> int:
         """How many frames of the clip were seen and show a usable face."""
         return len(self._matrices) - self.missing
+
+
+def _area(face: Face) -> float:
+    """Of its box, in pixels."""
+    return float(np.prod(face.box[2:] - face.box[:2]))
 
 
 def read_chunks(

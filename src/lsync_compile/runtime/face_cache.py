@@ -22,13 +22,12 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from lsync_compile.media.faces import Face, FaceDetector, Frame, detect_all
+from lsync_compile.media.faces import Face, FaceDetector, Frame, TrackingDetector, detect_all
 
 # Bits of 64 by which frames that look alike may differ; a cut differs by 20 and more.
 _ALIKE = 10
@@ -42,15 +41,6 @@ _WORDS = 512
 _WEIGHTS = np.random.default_rng(0).integers(0, 2**63, _WORDS, dtype=np.uint64) * 2 + 1
 
 Patch = npt.NDArray[np.uint8]
-
-
-@runtime_checkable
-class TrackingDetector(FaceDetector, Protocol):
-    """A detector that can also follow a face."""
-
-    def track(self, frame: Frame, last: Face) -> Face | None:
-        """The face that was at `last` a frame ago; None where it is not surely there."""
-        ...
 
 
 @dataclass
@@ -140,6 +130,11 @@ class CachedFaceDetector:
             found = detect_all(self._detector, list(new.values()))
             ahead = dict(zip(new, found, strict=True))
         return [self._detect(frame, key, ahead) for key, frame in zip(keys, frames, strict=True)]
+
+    def track(self, frame: Frame, last: Face) -> Face | None:
+        """The face that was at `last` a frame ago, where the detector can tell; nothing is kept."""
+        detector = self._detector
+        return detector.track(frame, last) if isinstance(detector, TrackingDetector) else None
 
     def _detect(self, frame: Frame, key: bytes, ahead: dict[bytes, Face | None]) -> Face | None:
         """The face of a frame, with searches that were made ahead by its key."""
