@@ -39,7 +39,7 @@ from common import (
 from exact_values import in_float64
 from kernel_time import kernel_times
 from torch.utils.flop_counter import FlopCounterMode
-from variants import WATERFALLS, all_variants, compiled, options_of, waterfall
+from variants import LOSSY, WATERFALLS, all_variants, compiled, options_of, waterfall
 
 import lsync_compile
 from lsync_compile.bench.networks import Steps, arithmetic_ceiling, random_inputs, random_unet
@@ -48,6 +48,7 @@ from lsync_compile.models.unet import UNet3DConditionModel
 
 KEY = ("variant", "guidance", "dtype", "latents", "frames")
 LARGEST_ERROR = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}  # relative; beyond is a bug
+LOSSY_ERROR = 0.3  # of approximate variants: random weights say nothing of a trained network's
 
 
 class Case:
@@ -89,7 +90,8 @@ def measure_case(
         output = steps(0).cpu()  # waits for the device
         first = time.perf_counter() - begin
         error = relative_error(output, case.exact)
-        if not error < LARGEST_ERROR[case.labels["dtype"]]:
+        lossy = any(name in variant for name in LOSSY)
+        if not error < (LOSSY_ERROR if lossy else LARGEST_ERROR[case.labels["dtype"]]):
             raise SystemExit(f"{variant}: relative error {error:.3g}; not timed")
         steps.chunk()
         timing = measure(steps, device, warmup=2, runs=arguments.runs)
