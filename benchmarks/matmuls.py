@@ -3,12 +3,12 @@
     python benchmarks/matmuls.py                   # on a GPU
     python benchmarks/matmuls.py --list            # any machine: the products and their floors
 
-The products are those of LatentSync's UNet at full size with projections joined (`fuse_qkv`), found without its
-weights: a row for each shape and place, with how many a step has, FLOP, and the least milliseconds
-that arithmetic (``--tflops``) and memory (``--terabytes``: operands, result, bias) allow. On a GPU
-also the median milliseconds of the library's product; of that and a residual sum after it, compiled
-into one pass; of a product that starts from the residual; and of eight-bit numbers, made before and
-in the call. No shape is begun once ``--budget`` seconds are spent.
+The products are those of LatentSync's UNet at full size, queries, keys and values joined
+(`fuse_qkv`), found without its weights. A row for each shape holds how many a step has, FLOP, and
+the least milliseconds that arithmetic (``--tflops``) and memory (``--terabytes``: operands and
+result) allow. On a GPU also the median milliseconds of the library's product; of that and a
+residual sum after it; of a product that starts from the residual; and of eight-bit numbers, made in
+the call and before it. No shape is begun once ``--budget`` seconds are spent.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def products(side: int, frames: int, batch: int) -> Counter[tuple[Shape, bool]]:
         if not calls(node, F.linear):
             continue
         x, out = example(argument(node, 0, "input")), example(node)
-        assert x is not None and out is not None
+        assert x is not None
+        assert out is not None
         shape = x.numel() // x.shape[-1], out.shape[-1], x.shape[-1]
         if shape[0] >= 16:
             found[shape, argument(node, 2, "bias") is not None] += 1
@@ -93,13 +94,9 @@ def times(shape: Shape, device: torch.device, runs: int) -> dict[str, float]:
     codes, scales = fp8_linear.quantised(weight)
     own = fp8_linear.quantise_rows(x)
 
-    @torch.compile(dynamic=False)
-    def plus(one: Tensor, other: Tensor) -> Tensor:
-        return one + other
-
     ways: dict[str, Any] = {
         "library": lambda: F.linear(x, weight, bias),
-        "library, then sum": lambda: plus(F.linear(x, weight, bias), residual),
+        "library, then sum": lambda: F.linear(x, weight, bias) + residual,
         "from residual": lambda: torch.addmm(residual, x, weight.t()),
         "fp8": lambda: fp8_linear.in_dtype(x, weight, bias, codes, scales),
         "fp8 by bfloat16": lambda: fp8_linear.in_bfloat16(x, weight, bias, codes, scales),
