@@ -401,6 +401,40 @@ class Options:
             rebuild=False,
         ),
     )
+    speculate: bool = field(
+        default=False,
+        metadata=_about(
+            "Approximate: start a chunk that looks like the one before in the middle of its steps, "
+            "in the calls of that one, and take it back where a check fails; `batch_chunks=2`.",
+            rebuild=False,
+        ),
+    )
+    speculate_similarity: float = field(
+        default=0.9,
+        metadata=_about(
+            "For `speculate`: how alike its faces must be, 1 minus the root of their mean squared "
+            "difference.",
+            between=(0.0, 1.0),
+            rebuild=False,
+        ),
+    )
+    speculate_skip: float = field(
+        default=0.5,
+        metadata=_about(
+            "For `speculate`: part of the steps that such a chunk leaves out, but for two.",
+            between=(0.1, 0.9),
+            rebuild=False,
+        ),
+    )
+    speculate_tolerance: float = field(
+        default=0.1,
+        metadata=_about(
+            "For `speculate`: how far two guesses of the start may be apart, in standard "
+            "deviations of clean latents.",
+            between=(0.0, 10.0),
+            rebuild=False,
+        ),
+    )
     lip_attention: bool = field(
         default=False,
         metadata=_about(

@@ -323,6 +323,7 @@ def test_compiled_with_caches_and_the_mouths_attention(
 ) -> None:
     """Halves of guidance, features kept from step to step and pooled keys, of two chunks a call."""
     torch._dynamo.reset()
+    tiny_pipeline.register_modules(unet=make_unet(layers=1, levels=2))
     clip, speech = make_clip(8), make_speech(0.32)
     options = {
         "lowering": "eager",

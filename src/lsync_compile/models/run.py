@@ -104,7 +104,7 @@ class Run:
                         yield self._result(passing, seconds)
                     begin = time.perf_counter()
         finally:
-            self._synthesizer.batcher.account()
+            self._synthesizer.account()
         job.tracker.check_found(job.video_path)
 
     def _groups(self, size: int) -> Iterator[list[_Passing]]:

@@ -25,6 +25,7 @@ from lsync_compile.runtime.guard import QualityGuard
 from lsync_compile.runtime.multiscale import MultiScaleProcessor
 from lsync_compile.runtime.pace import Pace
 from lsync_compile.runtime.running import other_options, plain_networks
+from lsync_compile.runtime.speculation import SpeculativeProcessor
 from lsync_compile.runtime.timesteps import can_jump
 
 if TYPE_CHECKING:  # it brings the libraries for video files along
@@ -153,6 +154,8 @@ class ChunkSynthesizer:
         if self.guard is not None and self.guard.level(chunk) != self._level:
             self._level = self.guard.level(chunk)
             self._set_pace()
+        if self.speculator is not None:
+            self.speculator.look(chunk, prepared.pixels)
         # Several chunks under way must not see each other's steps.
         scheduler = self.scheduler if alone else copy.deepcopy(self.scheduler)
         arguments = self._scheduler_arguments()
@@ -176,8 +179,11 @@ class ChunkSynthesizer:
 
         def denoise(together: Sequence[Lane]) -> list[Tensor]:
             nonlocal done
-            found = self._denoise(together, tell)
-            done += len(together) * self.job.num_inference_steps
+            if self.speculator is not None and self.speculator.worth(together):
+                found = self.speculator.run(together, self._shared_calls, tell)
+            else:
+                found = self._denoise(together, tell)
+            done += len(found) * self.job.num_inference_steps
             return found
 
         with self._at_level(lanes[0].walk.chunk, lanes[0].prepared.pixels):
@@ -190,6 +196,12 @@ class ChunkSynthesizer:
                 exact = self._exact(chunk, prepared, lane.conditions, lane.draws)
                 self.guard.judge(chunk, ours, exact, self.job.mask)
         return results
+
+    def account(self) -> None:
+        """At the end of the run: say in the report what did nothing."""
+        self.batcher.account()
+        if self.speculator is not None:
+            self.speculator.account()
 
     def _chunk_bytes(self) -> int:
         """Device memory that a full chunk needs in a call of the UNet."""
@@ -209,6 +221,9 @@ class ChunkSynthesizer:
         if self.guard is not None:
             options = self.guard.levels[self._level].options
         self.pace = Pace(job.num_inference_steps, options, job.session, eta=job.eta)
+        self.speculator: SpeculativeProcessor | None = None
+        if options is not None and options.speculate and job.session is not None:
+            self.speculator = SpeculativeProcessor(options, job.session)
         self.scheduler = self.pace.solver(self._given_scheduler)
 
     @contextmanager

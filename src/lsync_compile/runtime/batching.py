@@ -108,7 +108,8 @@ class SmartBatcher:
         """Denoise lanes, in as few calls as may be.
 
         Args:
-            denoise: takes lanes that share calls and gives the clean latents of each.
+            denoise: takes lanes that share calls and gives the clean latents of each, or of the
+                first ones, where the others could not share them after all.
 
         Returns:
             Clean latents (1, 4, f, h, w) in the order of the lanes.
@@ -127,13 +128,14 @@ class SmartBatcher:
             if found is None:
                 waiting.insert(0, together)
                 continue
-            results.update(
-                (lane.walk.chunk, each) for lane, each in zip(together, found, strict=True)
-            )
-            self.count(together)
+            shared, rest = together[: len(found)], together[len(found) :]
+            for lane, latents in zip(shared, found, strict=True):
+                results[lane.walk.chunk] = latents
+            self._count(shared)
+            waiting = [rest, *waiting] if rest else waiting
         return [results[lane.walk.chunk] for lane in lanes]
 
-    def count(self, together: Sequence[Lane]) -> None:
+    def _count(self, together: Sequence[Lane]) -> None:
         """Count lanes that were denoised in the same calls."""
         if self._session is None:
             return
