@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lsync_compile.combinations import (
+    CombinationError,
+    LatentSyncSpeedOptimizer,
+    check_combination,
+)
 from lsync_compile.errors import OptionError
 from lsync_compile.option_checks import PATHS, check, listed
 from lsync_compile.option_checks import nearest as nearest
@@ -45,7 +50,8 @@ class Options:
     """Checked options of one compiled object; make them with :func:`resolve_options`.
 
     Raises:
-        OptionError: for a value of the wrong type or outside the allowed ones.
+        OptionError: for a value of the wrong type or outside the allowed ones, and for two that
+            exclude each other.
     """
 
     preset: str = field(
@@ -600,6 +606,7 @@ class Options:
                 spec.metadata["between"],
             )
             object.__setattr__(self, spec.name, checked)
+        check_combination(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that ``json`` can write."""
@@ -664,7 +671,9 @@ def resolve_options(
         if given.setdefault("preset", mode) != mode:
             raise OptionError(f"mode {mode!r} contradicts the option preset={given['preset']!r}")
     preset = check("preset", given.pop("preset", default_preset), tuple(PRESETS))
-    return Options(preset=preset, **{**PRESETS[preset], **given})
+    return LatentSyncSpeedOptimizer(PRESETS[preset], given).combine(
+        functools.partial(Options, preset=preset)
+    )
 
 
 def preset_note(preset: str) -> str | None:
@@ -672,6 +681,18 @@ def preset_note(preset: str) -> str | None:
     if preset == "exact" or PRESETS[preset] != PRESETS["exact"]:
         return None
     return f"preset {preset!r}: no approximate optimisation is in this version, same as 'exact'"
+
+
+def left_out(options: Options) -> list[str]:
+    """A line for each option of the preset that gave way to another one."""
+    lines = []
+    for name, value in PRESETS[options.preset].items():
+        try:
+            replace(options, **{name: value})
+        except CombinationError as error:
+            reason = error.exclusion.reason
+            lines.append(f"preset {options.preset!r}: left out {name}; {reason}")
+    return lines
 
 
 def options_table() -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from lsync_compile.options import Options, preset_note
+from lsync_compile.options import Options, left_out, preset_note
 from lsync_compile.runtime.calibration import Calibration
 from lsync_compile.runtime.memory import MemoryPools, readable
 
@@ -315,7 +315,12 @@ class Session:
             name=self.name,
             options=self.options.to_dict(),
             graphs=graphs,
-            notes=[*([preset] if preset else []), *notes, *_idle_caches(graphs)],
+            notes=[
+                *([preset] if preset else []),
+                *left_out(self.options),
+                *notes,
+                *_idle_caches(graphs),
+            ],
             runs=runs,
             features=features,
             times=times,
