@@ -124,8 +124,8 @@ PACE = [
 
 # The op takes the library's product where that is faster; on a CPU all layers are rounded.
 EIGHT_BITS = [
-    Row("fp8 linear", {"fp8_linear": True}),
-    Row("fp8 linear with 3/0 linear", {"fp8_linear": True, **THREE_LINEAR}),
+    Row("fp8 linear", {"fp8_linear": True, "kernels": "on"}),
+    Row("fp8 linear with 3/0 linear", {"fp8_linear": True, "kernels": "on", **THREE_LINEAR}),
 ]
 
 # Found around the networks: they change where a face is cut, by the detector's own noise.

@@ -9,13 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captures import capture
+from fixtures import LatentSyncPipeline, RecordedChunk, denoise, mini, mouth_psnr, recorded_chunks
 from torch import Tensor
 from torch.fx import GraphModule
 
+import lsync_compile
 from lsync_compile.graph.staging import Stage, cut
 from lsync_compile.passes import fp8_linear as module
 from lsync_compile.passes.fp8_linear import OP, ROWS, Fp8Linear
 from lsync_compile.report import PassRecord
+
+__all__ = ["mini", "recorded_chunks"]
 
 
 def rounded(gm: GraphModule) -> tuple[GraphModule, PassRecord]:
@@ -113,3 +117,22 @@ def test_it_does_not_fire(function: Callable) -> None:
     after, record = rounded(gm)
     assert record.outcome == "no match"
     assert networks.ops(after) == networks.ops(gm)
+
+
+@pytest.mark.slow
+def test_quality_with_the_trained_model(
+    mini: LatentSyncPipeline, recorded_chunks: list[RecordedChunk]
+) -> None:
+    """Above the bar of `balanced`, 35 dB, with every layer rounded that is large enough here."""
+    chunk = recorded_chunks[-1]
+    options = {"preset": "exact", "lowering": "eager", "kernels": "on", "compile_vae": False}
+    with torch.no_grad():
+        fast = lsync_compile.compile(mini, fp8_linear=True, **options)
+        try:
+            latents = denoise(mini, chunk)
+            report = fast.lsync.report()
+        finally:
+            fast.lsync.undo()
+    done = {record.name: record.matches for record in report.graphs[0].passes}
+    assert done["fp8_linear"] == 60
+    assert 40 < mouth_psnr(mini, chunk, latents) < 70
