@@ -503,7 +503,7 @@ def test_diffusers_stable_diffusion() -> None:
         ).images
 
     expected = run(pipeline, 2), run(pipeline, 3)
-    fast = compiled_by_torch(pipeline)
+    fast = compiled_by_torch(pipeline, guidance_prefix=False)  # which rounds otherwise
     assert isinstance(fast, StableDiffusionPipeline)
     assert fast.device == torch.device("cpu")
     assert torch.equal(run(fast, 2), expected[0])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +15,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lsync_compile.errors import OptionError
+from lsync_compile.integrations import adapter_for
 from lsync_compile.options import Options
 from lsync_compile.report import Report, Session
 from lsync_compile.runtime.calibration import load_calibrations
 from lsync_compile.runtime.running import running
+from lsync_compile.runtime.step_tracker import tracking
 
 if TYPE_CHECKING:
     from lsync_compile.explain import Explanation
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 with FakeTensorMode():
     pass
 
+log = logging.getLogger(__name__)
 _LINK = "_lsync_link"
 _RUNS = frozenset({"synthesize"})  # ways to run a pipeline beside calling it
 _OWN = frozenset({"_lsync_handle", "_lsync_run", "_is_torch_compile"})
@@ -83,6 +88,7 @@ class PipelineHandle(Handle):
         self.dynamic = dynamic
         self.fullgraph = fullgraph
         self._calls: dict[str, CompiledCall] = {}
+        self._adapter = adapter_for(pipeline)
         self._lock = threading.Lock()
         self._active = True
 
@@ -156,6 +162,27 @@ class PipelineHandle(Handle):
                 call.attach()
                 self._calls[role] = call
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Prepare and count a run of the pipeline, which the block is.
+
+        Raises:
+            OptionError: see :meth:`settle`.
+        """
+        self.settle()
+        session, adapter, pipeline = self._session, self._adapter, self._original
+        session.count_run()
+        if adapter is None or not self._active:
+            with running(session):
+                yield
+            return
+        for line in adapter.without_effect(session.options):
+            if session.note(line):
+                log.warning("%s", line)
+        followed = tracking(adapter.tracker(pipeline, session))
+        with running(session), followed, adapter.around(pipeline, session):
+            yield
+
     def _load_calibrations(self, unet: nn.Module, *, anew: bool) -> None:
         """Read what was measured for this UNet, where the options ask for it.
 
@@ -223,10 +250,7 @@ class CompiledPipeline:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline; arguments and result are its own."""
-        self._lsync_handle.settle()
-        session = self._lsync_handle._session
-        session.count_run()
-        with running(session):
+        with self._lsync_handle.running():
             return self._lsync_run(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> CompiledPipeline:
@@ -243,10 +267,7 @@ class CompiledPipeline:
 
         @functools.wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
-            self._lsync_handle.settle()
-            session = self._lsync_handle._session
-            session.count_run()
-            with running(session):
+            with self._lsync_handle.running():
                 return method(*args, **kwargs)
 
         return run

@@ -26,6 +26,7 @@ from lsync_compile.errors import CompileError, LsyncError, OptionError
 from lsync_compile.report import Session
 from lsync_compile.runtime.context import Terms, current_terms
 from lsync_compile.runtime.running import options_of, runs_plain
+from lsync_compile.runtime.step_tracker import placed
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,10 @@ class CompiledCall:
         in_larger_graph = torch.compiler.is_dynamo_compiling()
         if self._plain or in_larger_graph or runs_plain():
             return self.module._call_impl(*args, **kwargs)
+        with placed(self.role, args, kwargs):
+            return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.seen is None:
             self.seen = tree_map(_shape_of, (args, kwargs))
             self.seen_terms = current_terms()

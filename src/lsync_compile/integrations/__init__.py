@@ -1,0 +1,20 @@
+"""Other people's pipelines: what is known of each kind, and how the runtime reaches it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lsync_compile.integrations.adapter import Adapter
+from lsync_compile.integrations.diffusers import DIFFUSERS, OTHER
+from lsync_compile.integrations.upstream import UPSTREAM
+
+__all__ = ["Adapter", "adapter_for"]
+
+_OURS = "lsync_compile.models.pipeline"
+
+
+def adapter_for(pipeline: Any) -> Adapter | None:
+    """What is known of a pipeline; None for ours, whose loop works with the runtime itself."""
+    if any(kind.__module__ == _OURS for kind in type(pipeline).__mro__):
+        return None
+    return next(known for known in (UPSTREAM, DIFFUSERS, OTHER) if known.fits(pipeline))
