@@ -1,4 +1,4 @@
-"""The command line: ``lsync sync | quality | explain | doctor | cache``."""
+"""The command line: ``lsync sync | bench | tune | quality | explain | doctor | cache``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lsync_compile import __version__
+from lsync_compile.bench.cli import bench
+from lsync_compile.devices import DType, choose_device, choose_dtype, peak_device_mib
 from lsync_compile.errors import Interrupted, LsyncError, OptionError
 from lsync_compile.progress import WORTH_SAYING, Compiling, listening
 from lsync_compile.quality.calibrate_cli import calibrate
 from lsync_compile.quality.cli import quality
 from lsync_compile.runtime.cache_cli import cache
+from lsync_compile.tune.cli import tune
 
 app = typer.Typer(
     name="lsync",
@@ -79,14 +82,6 @@ class Detector(str, Enum):
     insightface = "insightface"
 
 
-class DType(str, Enum):
-    """Number format of the UNet and the VAE."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
 Checkpoint = Annotated[
     str,
     typer.Option(help="'mini' (bundled) or the folder of a LatentSync 1.5/1.6 checkpoint."),
@@ -137,7 +132,12 @@ def sync(
     ] = False,
     checkpoint: Checkpoint = "mini",
     resolution: Resolution = None,
-    preset: Annotated[Preset, typer.Option(help="Options as a set.")] = Preset.balanced,
+    preset: Annotated[
+        Preset | None, typer.Option(help="Options as a set; balanced by default.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="File of options that `lsync tune` wrote.")
+    ] = None,
     lowering: Annotated[
         Lowering | None,
         typer.Option(help="inductor compiles (default on a GPU), eager runs the rewritten graph."),
@@ -185,11 +185,16 @@ def sync(
     import lsync_compile
     from lsync_compile.jobs import ListedJob, read_jobs, run_jobs, summarise, tell_outcome
     from lsync_compile.runtime.timeline import check_trace_path
+    from lsync_compile.tune.configuration import read_configuration
 
     if trace is not None:
         check_trace_path(trace)
     if (video is None) == (jobs is None):
         raise OptionError("give VIDEO or --jobs LIST.csv, one of the two")
+    if config is not None and preset is not None:
+        raise OptionError("give --preset or --config, one of the two")
+    preset_options: dict[str, Any] = {"preset": (preset or Preset.balanced).value}
+    chosen_options = preset_options if config is None else read_configuration(config)
     listed = read_jobs(jobs) if jobs is not None else []
     place = choose_device(device)
     console = Console(stderr=True, quiet=quiet or as_json)
@@ -202,19 +207,20 @@ def sync(
             resolution=resolution,
         )
     if compiled:
-        options: dict[str, Any] = {
-            "preset": preset.value,
-            "strict": strict,
+        given: dict[str, Any] = {
+            "strict": strict or None,
             "clip_cache": clip_cache or None,
             "trace": trace,
         }
+        chosen_options.update((name, value) for name, value in given.items() if value is not None)
         # Inductor's C++ takes minutes on a CPU, more than it saves on one clip.
-        chosen = lowering or (Lowering.inductor if place.type == "cuda" else Lowering.eager)
-        pipe = torch.compile(pipe, backend="lsync", options={**options, "lowering": chosen.value})
-    elif lowering is not None or strict or clip_cache or trace is not None:
+        usual = "inductor" if place.type == "cuda" else "eager"
+        named = lowering.value if lowering else chosen_options.get("lowering", usual)
+        pipe = torch.compile(pipe, backend="lsync", options={**chosen_options, "lowering": named})
+    elif lowering is not None or strict or clip_cache or trace is not None or config is not None:
         raise OptionError(
-            "--no-compile leaves nothing for --lowering, --strict, --clip-cache or --trace to "
-            "act on"
+            "--no-compile leaves nothing for --config, --lowering, --strict, --clip-cache or "
+            "--trace to act on"
         )
 
     def run(job: ListedJob) -> Any:
@@ -303,7 +309,9 @@ def explain(
     typer.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
 
 
+app.command()(bench)
 app.command()(quality)
+app.command()(tune)
 app.command()(calibrate)
 app.command()(cache)
 
@@ -324,36 +332,6 @@ def doctor(as_json: AsJson = False) -> None:
             console.print(f"{marks[finding.state]:>18}  [bold]{finding.name}[/]: {detail}")
     if any(finding.state == "failed" for finding in findings):
         raise typer.Exit(1)
-
-
-def choose_device(name: str | None) -> Any:
-    """The torch device for ``--device``; the first GPU, else the CPU, for None."""
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise OptionError(f"--device {name}: no such device; use cuda, cuda:N or cpu") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
-    return device
-
-
-def choose_dtype(dtype: DType | None, device: Any) -> Any:
-    """The torch dtype for ``--dtype``; half precision on a GPU, float32 on a CPU for None."""
-    import torch
-
-    default = DType.float16 if device.type == "cuda" else DType.float32
-    return getattr(torch, (dtype or default).value)
-
-
-def peak_device_mib(device: Any) -> float | None:
-    """The most device memory that torch held in this process so far; None on a CPU."""
-    import torch
-
-    if device.type != "cuda":
-        return None
-    return round(torch.cuda.max_memory_reserved(device) / 2**20, 1)
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def calibrate(
     Runs the clip several times. The answer is filed under the checkpoint's weights in the user's
     cache folder, for runs with deep_cache_schedule=calibrated.
     """
-    from lsync_compile.cli import choose_device
+    from lsync_compile.devices import choose_device
     from lsync_compile.quality.calibrate import calibrate as find
     from lsync_compile.quality.cli import load_pipeline, progress_bars
     from lsync_compile.quality.compare import Clip

@@ -93,7 +93,7 @@ def quality(
     ] = False,
 ) -> None:
     """Compare a way of running with the unoptimised 20-step run, same seed, same inputs."""
-    from lsync_compile.cli import choose_device
+    from lsync_compile.devices import choose_device
     from lsync_compile.quality.bars import judge_presets
     from lsync_compile.quality.compare import REFERENCE, Clip, Compiler, compare
     from lsync_compile.quality.report import check_target, write_page
@@ -163,7 +163,7 @@ def _with(setting: Setting, **changes: Any) -> Setting:
 def load_pipeline(checkpoint: str, place: Any, dtype: str | None, detector: str) -> Any:
     """The pipeline of a checkpoint. Raises OptionError for a dtype that is none."""
     import lsync_compile
-    from lsync_compile.cli import DType, choose_dtype
+    from lsync_compile.devices import DType, choose_dtype
 
     known = [kind.value for kind in DType]
     if dtype is not None and dtype not in known:

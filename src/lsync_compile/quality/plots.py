@@ -60,7 +60,7 @@ def line_plot(
     count = max((len(line.values) for line in lines), default=0)
     finite = [v for line in lines for v in line.values if math.isfinite(v)]
     finite += [level.value for level in levels if math.isfinite(level.value)]
-    low, high, step = _axis(min(finite, default=0.0), max(finite, default=1.0))
+    low, high, step = axis(min(finite, default=0.0), max(finite, default=1.0))
 
     def x(position: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * position / max(count - 1, 1)
@@ -103,7 +103,7 @@ def line_plot(
     return "".join(parts)
 
 
-def _axis(low: float, high: float) -> tuple[float, float, float]:
+def axis(low: float, high: float) -> tuple[float, float, float]:
     """Round limits around a range, and a step of 1, 2 or 5 times a power of ten."""
     span = max(high - low, 1e-9, abs(high) * 1e-3)
     power = 10.0 ** math.floor(math.log10(span / 4))

@@ -1,0 +1,46 @@
+"""The device and the number format that a command runs with."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+from lsync_compile.errors import OptionError
+
+
+class DType(str, Enum):
+    """Number format of the UNet and the VAE."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def choose_device(name: str | None) -> Any:
+    """The torch device for ``--device``; the first GPU, else the CPU, for None."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise OptionError(f"--device {name}: no such device; use cuda, cuda:N or cpu") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+    return device
+
+
+def choose_dtype(dtype: DType | None, device: Any) -> Any:
+    """The torch dtype for ``--dtype``; half precision on a GPU, float32 on a CPU for None."""
+    import torch
+
+    default = DType.float16 if device.type == "cuda" else DType.float32
+    return getattr(torch, (dtype or default).value)
+
+
+def peak_device_mib(device: Any) -> float | None:
+    """The most device memory that torch held in this process so far; None on a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    return round(torch.cuda.max_memory_reserved(device) / 2**20, 1)
