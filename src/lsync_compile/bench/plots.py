@@ -88,10 +88,10 @@ def scatter(
     for number in range(round((y_high - y_low) / y_step) + 1):
         value = _unscaled(y_low + number * y_step, log)
         parts.append(f'<path class="grid" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(_text(LEFT - 7, y(value) + 4, f"{value:.3g}", "end"))
+        parts.append(_text(LEFT - 7, y(value) + 4, _tick(value), "end"))
     for number in range(round((x_high - x_low) / x_step) + 1):
         value = _unscaled(x_low + number * x_step, log)
-        parts.append(_text(x(value), HEIGHT - BOTTOM + 17, f"{value:.3g}", "middle"))
+        parts.append(_text(x(value), HEIGHT - BOTTOM + 17, _tick(value), "middle"))
     for name, value in levels:
         parts.append(f'<path class="level" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(_text(WIDTH - RIGHT - 4, y(value) - 4, name, "end"))
@@ -174,6 +174,10 @@ def _beats(other: Point, point: Point) -> bool:
 
 def _unscaled(value: float, log: bool) -> float:
     return 10.0**value if log else value
+
+
+def _tick(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _open(height: float, label: str) -> str:

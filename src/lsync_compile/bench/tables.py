@@ -11,7 +11,7 @@ from lsync_compile.bench.rows import ORIGINAL
 from lsync_compile.quality.bars import BARS
 
 REAL_TIME = 25.0
-EQUAL_DB = 100.0  # drawn for rows that differ in nothing
+EQUAL_DB = 100.0  # stands for rows that differ in nothing
 
 HEADINGS = [
     "row", "frames/s", "chunk ms", "UNet step ms", "calls", "encode ms", "decode ms", "peak GiB",
@@ -163,17 +163,22 @@ def plots(sections: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     found: dict[str, str] = {}
     both = [row for row in rows if row.fps is not None and row.psnr is not None]
     if both:
-        points = [Point(row.name, row.fps or 0.0, row.psnr or 0.0, style_of(row)) for row in both]
         quality = newest(sections, "quality")
         floors = [
             (floor["row"], floor["mouth_psnr"])
             for floor in (quality or {}).get("floors", [])
             if floor["mouth_psnr"] is not None
         ]
+        finite = [psnr for row in both if (psnr := row.psnr or 0.0) < EQUAL_DB]
+        top = max([*finite, *(value for _, value in floors)], default=40.0) + 5
+        points = [
+            Point(row.name, row.fps or 0.0, min(row.psnr or 0.0, top), style_of(row))
+            for row in both
+        ]
         found["pareto"] = scatter(
             points,
             x_label="frames/s, UNet and VAE",
-            y_label="mouth PSNR, dB (100: equal)",
+            y_label="mouth PSNR, dB (uppermost: equal)",
             levels=floors,
             front=True,
         )
