@@ -128,6 +128,13 @@ EIGHT_BITS = [
     Row("fp8 linear with 3/0 linear", {"fp8_linear": True, "kernels": "on", **THREE_LINEAR}),
 ]
 
+# Rounding for chunks that share calls; half of the speculated ones leave out 8 of 20 steps.
+BATCHES = [
+    Row("2 chunks a call", {"batch_chunks": 2}),
+    Row("4 chunks a call, path, 5 steps", {**temporal("path", 5), "batch_chunks": 4}),
+    Row("speculated", {"batch_chunks": 2, "speculate": True}),
+]
+
 # Found around the networks: they change where a face is cut, by the detector's own noise.
 FACES = [
     Row("tracked faces", {"track_faces": True}),

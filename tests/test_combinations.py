@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lsync_compile import options as module
-from lsync_compile.combinations import EXCLUSIONS, CombinationError
+from lsync_compile.combinations import EXCLUSIONS, CombinationError, exclusions_table
 from lsync_compile.errors import OptionError
 from lsync_compile.options import OPTION_NAMES, PRESETS, resolve_options
 from lsync_compile.report import Session
@@ -76,3 +77,8 @@ def test_a_presets_part_gives_way_and_the_report_says_so(monkeypatch: pytest.Mon
     assert len(Session("run", speculating).report().notes) == 3
     # Switched off by the user, not by another option: nothing to say.
     assert not Session("run", resolve_options("turbo", few_steps=0)).report().notes
+
+
+def test_the_documentation_has_the_table() -> None:
+    page = Path(__file__).parents[1] / "docs" / "runtime.md"
+    assert exclusions_table() in page.read_text()

@@ -152,3 +152,10 @@ class LatentSyncSpeedOptimizer:
                     raise
                 del self._preset[names[0]]
                 self.left_out[names[0]] = error.exclusion.reason
+
+
+def exclusions_table() -> str:
+    """The exclusions as a Markdown table, for the documentation."""
+    lines = ["| option | with | why not |", "| --- | --- | --- |"]
+    lines += [f"| `{e.names[0]}` | `{e.names[1]}` | {e.reason} |" for e in EXCLUSIONS]
+    return "\n".join(lines) + "\n"
