@@ -1,0 +1,143 @@
+"""How does the work of a chunk grow, and what may smaller GPUs expect of a UNet step?
+
+    python benchmarks/scaling.py            # any machine, three minutes
+
+Two kinds of rows. *counted*: TFLOP of a UNet step, of the VAE and of a chunk of LatentSync 1.6,
+counted by torch on tensors without memory, over resolution, frames a chunk, guidance and chunks in
+a call; and the bytes of the weights. *modelled*: milliseconds of a UNet step on other GPUs, from
+the step that `unet_step.json` has of an H100. A step is between what it would take if only
+arithmetic and if only memory traffic counted: the H100's time by the ratio of the makers' figures
+for one or the other. That is no measurement, and says nothing of what fits into their memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, STAGE2_512, merge_results
+from torch.utils.flop_counter import FlopCounterMode
+
+from lsync_compile.bench.networks import random_vae
+from lsync_compile.bench.sizes import SD_VAE
+from lsync_compile.models.unet import UNet3DConditionModel
+
+KEY = ("kind", "pixels", "frames", "guidance", "chunks", "gpu")
+STEPS = 20
+# (resolution, frames a chunk, guidance, chunks in a call)
+SHAPES = [
+    *((pixels, 16, True, 1) for pixels in (256, 384, 512, 768)),
+    *((512, frames, True, 1) for frames in (8, 24)),
+    (512, 16, False, 1),
+    (512, 16, True, 2),
+]
+# Dense tensor-core TFLOP/s for fp16 products added up in fp32, and GB/s, as the makers state them.
+STATED = {
+    "H100 SXM 80 GB": (989.0, 3350.0),
+    "A100 SXM 80 GB": (312.0, 2039.0),
+    "L40S 48 GB": (362.0, 864.0),
+    "RTX 4090 24 GB": (165.0, 1008.0),
+    "RTX 3090 24 GB": (71.0, 936.0),
+    "L4 24 GB": (121.0, 300.0),
+}
+
+
+def counted() -> list[dict[str, Any]]:
+    """Rows of work for each shape."""
+    meta = torch.device("meta")
+    with meta:
+        unet = UNet3DConditionModel.from_config(STAGE2_512).eval()
+    vae = random_vae(SD_VAE, meta, torch.float32)
+    weights = {
+        "unet_gb_fp16": gigabytes(unet),
+        "vae_gb_fp16": gigabytes(vae),
+    }
+    rows = []
+    for pixels, frames, guided, chunks in SHAPES:
+        side, batch = pixels // 8, chunks * (2 if guided else 1)
+        with meta:
+            sample = torch.empty(batch, 13, frames, side, side)
+            audio = torch.empty(batch * frames, 50, 384)
+            pictures = torch.empty(2 * frames, 3, pixels, pixels)
+            latents = torch.empty(frames, 4, side, side)
+        step = tflop(lambda s=sample, a=audio: unet(s, torch.tensor(1, device=meta), a)) / chunks
+        encode = tflop(lambda p=pictures: vae.encode(p).latent_dist.parameters)
+        decode = tflop(lambda x=latents: vae.decode(x).sample)
+        rows.append(
+            {
+                "kind": "counted",
+                "pixels": pixels,
+                "frames": frames,
+                "guidance": guided,
+                "chunks": chunks,
+                "unet_step_tflop": round(step, 3),
+                "encode_tflop": round(encode, 3),
+                "decode_tflop": round(decode, 3),
+                "chunk_tflop": round(STEPS * step + encode + decode, 2),
+                "chunk_tflop_a_frame": round((STEPS * step + encode + decode) / frames, 3),
+                **weights,
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def tflop(call: Any) -> float:
+    """Arithmetic of a call."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops()) / 1e12
+
+
+def gigabytes(module: torch.nn.Module) -> float:
+    """Of the weights in half precision."""
+    return round(2 * sum(parameter.numel() for parameter in module.parameters()) / 1e9, 3)
+
+
+def modelled(measured: Path) -> list[dict[str, Any]]:
+    """Rows of other GPUs, by the newest row of the preset exact.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    content = json.loads(measured.read_text())
+    steps = [
+        row["p50"]
+        for row in content["rows"]
+        if row["variant"] == "lsync" and row["guidance"] and row["latents"] == 64
+    ]
+    if not steps or "H100" not in content["machine"]["device"]:
+        raise SystemExit(f"{measured} has no step of `lsync` at 512 px of an H100 to model from")
+    here = STATED["H100 SXM 80 GB"]
+    rows = []
+    for gpu, stated in STATED.items():
+        ratios = [ours / theirs for ours, theirs in zip(here, stated, strict=True)]
+        rows.append(
+            {
+                "kind": "modelled",
+                "gpu": gpu,
+                "stated_tflops": stated[0],
+                "stated_gb_per_s": stated[1],
+                "h100_step_ms": steps[-1],
+                "step_ms_from": round(steps[-1] * min(ratios), 1),
+                "step_ms_to": round(steps[-1] * max(ratios), 1),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measured", type=Path, default=RESULTS / "unet_step.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "scaling.json")
+    arguments = parser.parse_args()
+    rows = [*counted(), *modelled(arguments.measured)]
+    merge_results(arguments.out, __doc__.splitlines()[0], torch.device("cpu"), rows, KEY)
+
+
+if __name__ == "__main__":
+    main()
