@@ -318,6 +318,27 @@ def test_a_run_in_groups_is_a_run(
     assert fast.lsync.report().times["denoise"].calls == 2
 
 
+def test_the_chunk_that_others_learn_from_is_a_group_of_its_own(
+    tiny_pipeline: LatentSyncPipeline,
+    make_clip: Maker,
+    make_speech: Maker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lsync_compile.compiled.PipelineHandle.settle", lambda handle: None)
+    fast = lsync_compile.compile(
+        tiny_pipeline,
+        preset="exact",
+        batch_chunks=2,
+        temporal_start="path",
+        temporal_strength=0.5,
+        scene_cut=1.0,
+    )
+    frames(fast, make_clip(12), make_speech(0.48))
+    report = fast.lsync.report()
+    assert report.features["batching"]["batched"] == 2
+    assert report.times["denoise"].calls == 2  # the first, then two
+
+
 def test_compiled_with_caches_and_the_mouths_attention(
     tiny_pipeline: LatentSyncPipeline, make_clip: Maker, make_speech: Maker
 ) -> None:

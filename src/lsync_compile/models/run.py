@@ -108,17 +108,17 @@ class Run:
         job.tracker.check_found(job.video_path)
 
     def _groups(self, size: int) -> Iterator[list[_Passing]]:
-        """Chunks that go through the stages together; the first group may be larger by one."""
+        """Chunks that go through the stages together; one that others learn from is the first."""
         job = self._job
         group: list[_Passing] = []
-        alone = int(size > 1 and self._synthesizer.pace.learns)
+        wanted = 1 if self._synthesizer.pace.learns else size
         source = cut_chunks(job.video_path, job.count, job.num_frames, job.fps)
         with closing(source) as chunks:  # type: ignore[type-var]
             for chunk in chunks:
                 group.append(_Passing(chunk))
-                if len(group) == size + alone:
+                if len(group) == wanted:
                     yield group
-                    group, alone = [], 0
+                    group, wanted = [], size
             if group:
                 yield group
 
