@@ -73,7 +73,7 @@ class VideoWriter:
         sample_rate: int = 16000,
         crf: int = 18,
         codec: str = "libx264",
-        preset: str = "medium",
+        preset: str = "fast",
         colour: ColourTags | None = None,
         pixel_aspect: Fraction = Fraction(1),
     ) -> None:
@@ -162,6 +162,8 @@ class VideoWriter:
         video.pix_fmt = "yuv420p"
         context = video.codec_context
         context.time_base = 1 / self._fps
+        # PyAV's default, slices, keeps no more than a few cores busy with one picture.
+        context.thread_type = "AUTO"
         context.sample_aspect_ratio = pixel_aspect
         context.color_range = _LIMITED_RANGE
         context.colorspace = self._colour.matrix
