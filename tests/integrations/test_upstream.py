@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
-from upstream_standin import Detector, LipsyncPipeline, OneConvolution, StandInUNet, clip
+from upstream_standin import (
+    DeepCacheSDHelper,
+    Detector,
+    LipsyncPipeline,
+    OneConvolution,
+    StandInUNet,
+    clip,
+)
 
 from lsync_compile.compiled import CompiledPipeline
 from lsync_compile.errors import OptionError
@@ -26,9 +31,8 @@ ALL = {
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
+def _fresh_dynamo() -> None:
     torch._dynamo.reset()
-    yield
 
 
 @pytest.fixture(scope="module")
@@ -181,23 +185,6 @@ def test_what_does_not_reach_its_loop_is_said(caplog: pytest.LogCaptureFixture) 
     assert [note.split()[1] for note in notes] == ["few_steps", "clip_cache"]
     assert "ask for fewer num_inference_steps" in notes[0]
     assert caplog.text.count("option few_steps does nothing") == 1
-
-
-class DeepCacheSDHelper:
-    """Wraps as the package's does: a closure in the place of the UNet's forward."""
-
-    def __init__(self, pipe: LipsyncPipeline) -> None:
-        self.pipe = pipe
-
-    def enable(self) -> None:
-        self.pipe.unet.forward = DeepCacheSDHelper.wrap(self.pipe.unet.forward)
-
-    @staticmethod
-    def wrap(forward: object) -> object:
-        def wrapped(*args: object, **kwargs: object) -> object:
-            return forward(*args, **kwargs)
-
-        return wrapped
 
 
 def test_the_flag_for_deepcache_is_refused() -> None:

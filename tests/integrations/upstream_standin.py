@@ -2,8 +2,8 @@
 
 The UNet's layers are few, but what lies between them is as there: group norms over a whole video,
 convolutions of its frames, tokens of frames with frames innermost or outermost, written with
-``permute`` and ``reshape`` to lists of sizes, as einops does. The pipeline's loop is its own, with a
-detector and an image processor that are made in each run.
+``permute`` and ``reshape`` to lists of sizes, as einops does. The pipeline's loop is its own, with
+a detector and an image processor that are made in each run.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Detector:
     def __call__(self, frame: np.ndarray, threshold: float = 0.5) -> tuple[Any, Any]:
         Detector.searches += 1
         row, column = np.unravel_index(int(frame[..., 0].argmax()), frame.shape[:2])
-        return (column, row), np.array([row, column])
+        return (column, row, column + 1, row + 1), np.array([row, column])
 
 
 class Images:
@@ -216,7 +216,10 @@ class Images:
         face = torch.from_numpy(frame).permute(2, 0, 1)
         return face, box, torch.tensor(self._last)
 
-    def prepare_masks_and_masked_images(self, faces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare_masks_and_masked_images(
+        self, faces: Tensor, affine_transform: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert not affine_transform  # they are faces already
         pixels = (faces / 255.0 - 0.5) / 0.5
         masks = self.mask_image[:1].expand(len(faces), 1, -1, -1)
         return pixels, pixels * masks, masks
@@ -243,8 +246,9 @@ class LipsyncPipeline:
         self.steps_seen: list[int] = []
 
     def affine_transform_video(self, frames: np.ndarray) -> tuple[Tensor, list[Any], list[Any]]:
-        faces, boxes, matrices = zip(*map(self.image_processor.affine_transform, frames))
-        return torch.stack(faces), list(boxes), list(matrices)
+        found = [self.image_processor.affine_transform(frame) for frame in frames]
+        faces, boxes, matrices = ([each[part] for each in found] for part in range(3))
+        return torch.stack(faces), boxes, matrices
 
     def prepare_mask_latents(self, masks: Tensor, masked: Tensor, guided: bool) -> Tensor:
         small = F.interpolate(masks, size=(SIDE, SIDE)).permute(1, 0, 2, 3)[None]
@@ -309,6 +313,23 @@ class LipsyncPipeline:
             decoded = self.vae.decode(flat).sample
             made.append(decoded * (1 - masks) + pixels * masks)
         return torch.cat(made) + torch.stack(matrices)[: len(sounds), None, None, None]
+
+
+class DeepCacheSDHelper:
+    """Wraps as the package's does: a closure in the place of the UNet's forward."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    def enable(self) -> None:
+        self.pipe.unet.forward = DeepCacheSDHelper.wrap(self.pipe.unet.forward)
+
+    @staticmethod
+    def wrap(forward: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        return wrapped
 
 
 def clip(frames: int = 4, repeated: bool = False) -> tuple[np.ndarray, Tensor]:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lsync_compile.integrations.adapter import Adapter
 from lsync_compile.report import Session
-from lsync_compile.runtime.face_cache import CachedFaceDetector
 
 _METHODS = ("affine_transform_video", "prepare_mask_latents", "prepare_image_latents")
 
@@ -58,6 +57,8 @@ class _SearchesOnce:
     """Takes the place of the image processor's detector in a run; frames may be given again."""
 
     def __init__(self, detector: Any) -> None:
+        from lsync_compile.runtime.face_cache import CachedFaceDetector  # brings OpenCV along
+
         self.known = CachedFaceDetector(_AsDetector(detector))
         self._detector = detector
 
