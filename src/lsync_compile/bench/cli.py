@@ -30,6 +30,7 @@ class What(str, Enum):
     speed = "speed"
     quality = "quality"
     waterfall = "waterfall"
+    end_to_end = "end-to-end"
 
 
 def bench(
@@ -90,7 +91,8 @@ def bench(
 ) -> None:
     """Time and judge the original, Inductor, few-step solvers, TensorRT and the presets.
 
-    Speed is that of the UNet and the VAE, chunk by chunk; quality is that of the bundled model. A
+    Speed is that of the UNet and the VAE, chunk by chunk, and with --measure end-to-end that of
+    whole jobs with a real clip; quality is that of the bundled model. A
     row whose output is wrong is not timed and says so. Results are filed row by row: the same call
     measures what is missing, and leaves with code 75 where --seconds were not enough.
     """

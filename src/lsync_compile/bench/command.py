@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from lsync_compile.bench.timing import machine, measure
 from lsync_compile.models.checkpoint import load_unet, load_vae, resolve_checkpoint
 
 PIXELS = {"full": 512, "mini": 256, "small": 128}
-MEASURES = ("speed", "quality", "waterfall")
+MEASURES = ("speed", "quality", "waterfall", "end-to-end")
 Tell = Callable[[str], None]
 
 
@@ -139,6 +141,8 @@ def run(plan: Plan, tell: Tell = lambda text: None) -> tuple[Results, str]:
             measure_quality(plan, results, budget, tell, matched)
         if "waterfall" in plan.measures:
             measure_waterfall(plan, results, budget, tell)
+        if "end-to-end" in plan.measures:
+            measure_end_to_end(plan, results, budget, tell)
     except OutOfTime as late:
         return results, str(late)
     return results, ""
@@ -230,6 +234,9 @@ def measure_quality(
     ]
     if not rows:
         return
+    if importlib.util.find_spec("cv2") is None:
+        tell("quality: not measured, the measures need OpenCV; another machine may go on with it")
+        return
     if plan.recording.exists():
         recording = load_recording(plan.recording)
     else:
@@ -254,6 +261,41 @@ def measure_waterfall(plan: Plan, results: Results, budget: Budget, tell: Tell) 
     for row in rows:
         assert networks is not None
         _time(plan, [row], networks, section, about, budget, tell)
+
+
+def measure_end_to_end(plan: Plan, results: Results, budget: Budget, tell: Tell) -> None:
+    """Time whole jobs of the original, Inductor and ours, with the timeline of each of ours."""
+    # PyAV and OpenCV are needed for this alone.
+    from lsync_compile.bench.end_to_end import measure_job
+
+    section, about = _section(
+        plan, results, "end to end", clip=plan.clip.name, all_frames=plan.all_frames
+    )
+    wanted = [row for row in plan.rows() if row.engine != rowing.TENSORRT and row.steps == 20]
+    rows = list(missing(plan, section, wanted))
+    networks = make_networks(plan) if rows else None
+    for row in rows:
+        assert networks is not None
+        reason = rowing.why_not(row, plan.on_gpu)
+        if reason:
+            section.add({**row.to_dict(), "not_measured": reason}, about)
+            continue
+        plain = re.sub(r"[^A-Za-z0-9]+", "-", row.name)
+        trace = plan.results.with_name(f"timeline-{plain}.json")
+        job = functools.partial(
+            measure_job,
+            row,
+            networks,
+            plan.clip,
+            plan.audio,
+            frames=plan.frames,
+            all_frames=plan.all_frames,
+            steps=plan.steps,
+            trace=trace,
+        )
+        found = budget.spend(row.name, job)
+        section.add({**row.to_dict(), **found}, about)
+        tell(f"{row.name}, end to end: {found['frames_per_s']:.2f} frames/s")
 
 
 def missing(plan: Plan, section: Section, rows: list[Row]) -> Iterator[Row]:
@@ -292,8 +334,11 @@ def ceilings(plan: Plan) -> dict[str, float]:
     }
 
 
-def _section(plan: Plan, results: Results, kind: str) -> tuple[Section, dict[str, str]]:
+def _section(
+    plan: Plan, results: Results, kind: str, **more: Any
+) -> tuple[Section, dict[str, str]]:
     setting = {
+        **more,
         "size": plan.size,
         "pixels": PIXELS[plan.size],
         "frames": plan.frames,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -14,6 +15,7 @@ from lsync_compile.bench.plots import alone
 from lsync_compile.bench.tables import (
     HEADINGS,
     cells,
+    jobs,
     joined,
     machine_words,
     markdown,
@@ -22,6 +24,7 @@ from lsync_compile.bench.tables import (
     plots,
     speedup,
 )
+from lsync_compile.bench.trace import draw
 from lsync_compile.errors import MediaError
 from lsync_compile.options import PRESETS
 from lsync_compile.quality.extra import require
@@ -40,6 +43,8 @@ TITLES = {
     ),
 }
 
+JOB = "Both jobs, the one that warms up and the one that is timed; a colour for each chunk."
+
 
 def write_all(folder: Path, sections: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write ``bench.md``, a picture for each plot and, with jinja2, ``bench.html``.
@@ -50,8 +55,10 @@ def write_all(folder: Path, sections: Sequence[Mapping[str, Any]]) -> list[Path]
     texts = {"bench.md": markdown(sections)}
     drawn = plots(sections)
     texts.update({f"{name}.svg": alone(svg) for name, svg in drawn.items()})
+    timelines = {path.stem: draw(json.loads(path.read_text())) for path in traces(folder)}
+    texts.update({f"{name}.svg": svg for name, svg in timelines.items()})
     if importlib.util.find_spec("jinja2") is not None:
-        texts["bench.html"] = render(sections, drawn)
+        texts["bench.html"] = render(sections, drawn, timelines)
     written = []
     for name, text in texts.items():
         path = folder / name
@@ -68,7 +75,16 @@ def write_all(folder: Path, sections: Sequence[Mapping[str, Any]]) -> list[Path]
     return written
 
 
-def render(sections: Sequence[Mapping[str, Any]], drawn: Mapping[str, str]) -> str:
+def traces(folder: Path) -> list[Path]:
+    """The timelines of whole jobs that lie beside the results."""
+    return sorted(folder.glob("timeline-*.json"))
+
+
+def render(
+    sections: Sequence[Mapping[str, Any]],
+    drawn: Mapping[str, str],
+    timelines: Mapping[str, str],
+) -> str:
     """The page as text.
 
     Raises:
@@ -96,6 +112,10 @@ def render(sections: Sequence[Mapping[str, Any]], drawn: Mapping[str, str]) -> s
         headings=HEADINGS,
         rows=[cells(row) for row in rows],
         notes=notes(sections),
-        plots=[(*TITLES[name], drawn[name]) for name in TITLES if name in drawn],
+        plots=[
+            *((*TITLES[name], drawn[name]) for name in TITLES if name in drawn),
+            *((name.replace("-", " "), JOB, svg) for name, svg in timelines.items()),
+        ],
+        jobs=jobs(sections),
     )
     return page

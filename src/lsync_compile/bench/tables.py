@@ -18,6 +18,8 @@ HEADINGS = [
     "mouth PSNR dB", "SSIM", "worst frame dB", "flicker", "bar",
 ]  # fmt: skip
 
+JOB_HEADINGS = ["row", "frames/s", "frames", "peak GiB"]
+
 
 @dataclass(frozen=True)
 class Joined:
@@ -137,24 +139,22 @@ def markdown(sections: Sequence[Mapping[str, Any]]) -> str:
     lines += ["", *(f"- {note}" for note in notes(sections))]
     end = newest(sections, "end to end")
     if end is not None:
-        setting = end["setting"]
-        lines += [
-            "",
-            f"End to end, file to file: {setting['clip']}, {machine_words(end)}, "
-            f"{setting['size']} networks.",
-            "",
-            _row(["row", "frames/s", "after the first chunk", "frames", "peak GiB"]),
-            _row(["---"] * 5),
-        ]
-        for row in end["rows"]:
-            peak = row.get("peak_mib")
-            numbers = [row.get("frames_per_s"), row.get("steady_frames_per_s")]
-            shown = [_shown(value, 2) for value in numbers]
-            count = str(row.get("frames", ""))
-            lines.append(
-                _row([row["row"], *shown, count, _shown(peak / 1024 if peak else None, 1)])
-            )
+        clip, size = end["setting"]["clip"], end["setting"]["size"]
+        about = f"{clip}, {machine_words(end)}, {size} networks"
+        lines += ["", f"End to end, file to file: {about}.", ""]
+        lines += [_row(JOB_HEADINGS), _row(["---"] * len(JOB_HEADINGS)), *map(_row, jobs(sections))]
     return "\n".join(lines) + "\n"
+
+
+def jobs(sections: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Cells of whole jobs under :data:`JOB_HEADINGS`."""
+    found = []
+    for row in (newest(sections, "end to end") or {"rows": []})["rows"]:
+        peak = row.get("peak_mib")
+        memory = _shown(peak / 1024 if peak else None, 1)
+        speed = _shown(row.get("frames_per_s"), 2)
+        found.append([row["row"], speed, str(row.get("frames", "")), memory])
+    return found
 
 
 def plots(sections: Sequence[Mapping[str, Any]]) -> dict[str, str]:
