@@ -11,9 +11,10 @@ predicted in them, 0 < m < s steps):
     better = jump(x_m, eps_m(B), m to s) + error_A[m, s]
 
 B's steps from s on are taken from ``better``, in the same calls as A's. To know what B would have
-had there without speculation takes s steps. What the two guesses differ by is known, and is the
-error of the first, as in solvers that halve a step to know its error: where it is above the
-tolerance, nothing of the speculation is used, and B takes all its steps alone.
+had there without speculation takes s steps. What the two guesses differ by is known and stands for
+the error, as in solvers that halve a step to know its error (``better`` measured half of it, see
+docs/runtime.md). Where it is above the tolerance, nothing of the speculation is used, and B takes
+all its steps alone.
 """
 
 from __future__ import annotations
