@@ -222,3 +222,15 @@ def test_quality_of_fewer_steps_on_the_bundled_model() -> None:
     fewer = judge.judge(Row("fewer", "eager", steps=10))
     assert 5 < fewer["mouth_psnr"] < 60
     assert isinstance(judge.reference, Tensor)
+
+
+def test_options_of_the_runtime_reach_the_networks(plan: Plan, tmp_path: Path) -> None:
+    """Whatever compiles them, chunks are denoised by the code that a run has."""
+    path = tmp_path / "fast.json"
+    path.write_text('{"options": {"preset": "exact", "few_steps": 1, "kernels": "off"}}')
+    faster = dataclasses.replace(plan, names=("fast",), configurations=(path,), steps=4)
+    results, _ = run(faster)
+    (row,) = results.sections[0]["rows"]
+    assert row["unet_calls"] == 1
+    assert row["notes"] == []
+    assert row["step_error"] < 1e-3

@@ -43,7 +43,7 @@ TITLES = {
     ),
 }
 
-JOB = "Both jobs, the one that warms up and the one that is timed; a colour for each chunk."
+JOB = "The job that is timed; a colour for each chunk."
 
 
 def write_all(folder: Path, sections: Sequence[Mapping[str, Any]]) -> list[Path]:

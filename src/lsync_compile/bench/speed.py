@@ -65,9 +65,10 @@ class Chunks:
         side = 8 * unet.config.sample_size
         generator = torch.Generator().manual_seed(0)
         job = SimpleNamespace(
-            generator=generator, mask=mouth_mask(side).to(self.device), guidance_scale=1.5,
-            guided=True, eta=0.0, num_inference_steps=row.part_of(steps), num_frames=frames,
-            callback=None, callback_steps=1, session=current_session(),
+            generator=torch.Generator(self.device).manual_seed(0),
+            mask=mouth_mask(side).to(self.device), guidance_scale=1.5, guided=True, eta=0.0,
+            num_inference_steps=row.part_of(steps), num_frames=frames, callback=None,
+            callback_steps=1, session=current_session(),
         )  # fmt: skip
         scheduler = make_solver(Networks(unet, vae).scheduler, row.solver)
         self.run = ChunkSynthesizer(vae, self.unet, scheduler, job, self.device)  # type: ignore[arg-type]
