@@ -142,6 +142,7 @@ def measure_speed(arguments: argparse.Namespace) -> None:
     config = SMALL if arguments.small else STAGE2_512
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     question = f"{config['sample_size']}x{config['sample_size']} latents, {arguments.frames} frames"
+    question += f", lowering {arguments.lowering}" if arguments.lowering else ""
     rows = missing(arguments, SPEED, question, device)
     unet = random_unet(config, device).to(dtype)
     inputs = random_inputs(config, arguments.frames, 2, device, dtype)
@@ -154,6 +155,7 @@ def measure_speed(arguments: argparse.Namespace) -> None:
         options = options_of(row, device)
         fast = None
         if options is not None:
+            options |= {"lowering": arguments.lowering} if arguments.lowering else {}
             fast = lsync_compile.compile(Pipeline(unet), compile_vae=False, **options)
         try:
             steps = Steps(unet, inputs, row.steps)
@@ -252,6 +254,7 @@ def parse() -> argparse.Namespace:
     speed.add_argument("--frames", type=int, default=16)
     speed.add_argument("--runs", type=int, default=3)
     speed.add_argument("--seconds", type=float, help="start nothing after so long")
+    speed.add_argument("--lowering", choices=("inductor", "eager"), help="eager compiles sooner")
     commands.add_parser("table")
     return parser.parse_args()
 
