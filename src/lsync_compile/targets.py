@@ -189,7 +189,8 @@ def check_deepcache(unet: nn.Module) -> None:
     if "DeepCache" in origin:
         raise OptionError(
             "DeepCacheSDHelper is enabled on this pipeline's unet: "
-            "call helper.disable() before compiling or running it with lsync"
+            "call helper.disable() before compiling or running it with lsync; in its place, "
+            "lsync's option deep_cache reuses deep features"
         )
 
 
