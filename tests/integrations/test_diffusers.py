@@ -283,3 +283,32 @@ def test_lora_comes_and_goes(tmp_path: Path) -> None:
     fast.unload_lora_weights()
     assert torch.equal(run(fast), before)
     assert fast.lsync.report().counters["fallbacks"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", [StableDiffusionPipeline, AnimateDiffPipeline])
+def test_captured_on_a_gpu(kind: type) -> None:
+    """Timesteps are on the device, graphs are replayed, and results stay the caller's."""
+    more = {"num_frames": 4} if kind is AnimateDiffPipeline else {}
+    pipeline = make(kind).to("cuda")
+    expected, other = run(pipeline, **more), run(pipeline, 3, **more)
+    fast = compiled(pipeline, guidance_prefix=True, compile_vae=True)
+    first = run(fast, **more)
+    kept = first.clone()
+    assert (run(fast, 3, **more) - other).norm() < 1e-2 * other.norm()
+    assert torch.equal(first, kept)
+    assert (first - expected).norm() < 1e-2 * expected.norm()
+    graph = unet_graph(fast)
+    assert graph.capture is not None
+    assert (graph.capture.state, graph.capture.captures) == ("captured", 1)
+    assert graph.capture.replays == 4 + 3
+    stages = {stage.name: (stage.computed, stage.reused) for stage in graph.stages}
+    assert stages["chunk"] == (2, 5)
+    fast = compiled(fast, guidance_prefix=True, deep_cache=True, deep_cache_interval=2)
+    near = run(fast, **more)
+    assert (near - expected).norm() < 0.3 * expected.norm()
+    assert torch.equal(run(fast, **more), near)
+    cache = unet_graph(fast).deep_cache
+    assert cache is not None
+    assert (cache.computed, cache.reused) == (4, 4)
