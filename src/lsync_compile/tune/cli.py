@@ -131,7 +131,7 @@ def tune(
 def print_trials(trials: list[Trial], plain: float, console: Console) -> None:
     """The table of what was tried."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("", "frames/s", "mouth PSNR dB", "SSIM", "flicker", ""):
+    for heading in ("", "frames/s", "PSNR dB", "SSIM", "flicker", ""):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     table.add_row("unoptimised", f"{plain:.2f}", "", "", "", "", style="dim")
     for trial in trials:

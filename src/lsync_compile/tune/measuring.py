@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lsync_compile.quality.compare import REFERENCE, Clip, Compiler
+import lsync_compile
+from lsync_compile.quality.compare import REFERENCE, Clip
 from lsync_compile.quality.runs import Pipeline, Progress, Run, Setting, collect
 from lsync_compile.quality.scores import mouth_region, score
 from lsync_compile.tune.search import Measured
@@ -41,7 +42,7 @@ class Bench:
         self._shared: dict[str, Any] = {"num_frames": num_frames, "steps": steps}
         self._lowering = lowering
         self._progress = progress
-        self._compiler = Compiler()
+        self._undo: Callable[[], Any] | None = None
         self._reference: Run | None = None
 
     @property
@@ -49,7 +50,7 @@ class Bench:
         """The unoptimised run."""
         if self._reference is None:
             setting = Setting(REFERENCE.name, **self._shared)
-            self._reference = self._run(setting, None)
+            self._reference = self._run(self._pipeline, setting, None)
         return self._reference
 
     def measure(self, name: str, options: dict[str, Any]) -> Measured:
@@ -60,7 +61,10 @@ class Bench:
         """
         reference = self.reference
         full = {**options, "lowering": self._lowering}
-        run = self._run(Setting(name, options=full, **self._shared), reference)
+        # Not undone in between: what differs in options of the runtime alone is not compiled anew.
+        compiled: Any = lsync_compile.compile(self._pipeline, **full)
+        self._undo = compiled.lsync.undo
+        run = self._run(compiled, Setting(name, options=full, **self._shared), reference)
         scores = score(run.synced, reference.synced, **mouth_region(run))
         return Measured(
             psnr=scores.psnr.value,
@@ -71,11 +75,12 @@ class Bench:
 
     def close(self) -> None:
         """Leave the pipeline as it was."""
-        self._compiler(self._pipeline, REFERENCE)
+        if self._undo is not None:
+            self._undo()
 
-    def _run(self, setting: Setting, beside: Run | None) -> Run:
+    def _run(self, pipeline: Pipeline, setting: Setting, beside: Run | None) -> Run:
         return collect(
-            self._compiler(self._pipeline, setting),
+            pipeline,
             self._clip.video,
             self._clip.audio,
             setting,
