@@ -110,6 +110,7 @@ def groups(steps: int = 20) -> list[Group]:
                 for interval in (2, 3, 5)
             ],
         ),
+        Group("number format of products", [("8-bit products", {"fp8_linear": True})]),
     ]
 
 
