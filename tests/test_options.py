@@ -15,7 +15,6 @@ from lsync_compile.options import (
     PRESETS,
     Options,
     options_table,
-    preset_note,
     resolve_options,
 )
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from lsync_compile.options import Options, left_out, preset_note
+from lsync_compile.options import Options, left_out
 from lsync_compile.runtime.calibration import Calibration
 from lsync_compile.runtime.memory import MemoryPools, readable
 
@@ -310,13 +310,11 @@ class Session:
         with self.lock:
             graphs, notes, runs = copy.deepcopy(self._graphs), list(self._notes), self._runs
             features, times = copy.deepcopy(self._features), copy.deepcopy(self._times)
-        preset = preset_note(self.options.preset)
         return Report(
             name=self.name,
             options=self.options.to_dict(),
             graphs=graphs,
             notes=[
-                *([preset] if preset else []),
                 *left_out(self.options),
                 *notes,
                 *_idle_caches(graphs),

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +100,7 @@ class Kernel:
         self._fits = fits
         # Triton's autotuner keeps the arguments of the call under way in itself.
         self._lock = threading.Lock()
+        self._ahead: Callable[[], None] | None = None  # compiles what is about to be timed
 
     def candidates(self, arguments: Mapping[str, Any]) -> list[Config]:
         """The configurations that fit these arguments; all of them if none does."""
@@ -118,6 +121,7 @@ class Kernel:
             # Triton launches on the current device, torch on that of the tensors.
             with self._lock, torch.cuda.device_of(_tensor(args)):
                 self._tuner[grid](*args, **constants, **OPTIONS)
+                self._ahead = None  # it holds the arguments
 
     @functools.cached_property
     def _tuner(self) -> Any:
@@ -128,16 +132,44 @@ class Kernel:
 
         def prune(configs: list[Any], named: dict[str, Any], **kwargs: Any) -> list[Any]:
             chosen = self.candidates({**named, **kwargs})
-            return [config for config in configs if tuned[config] in chosen]
+            kept = [config for config in configs if tuned[config] in chosen]
+            constants = {name: value for name, value in kwargs.items() if name != "warmup"}
+            self._ahead = functools.partial(
+                compile_together,
+                self.jitted,
+                [(tuple(named.values()), constants | config.all_kwargs()) for config in kept],
+            )
+            return kept
+
+        def time(call: Callable[[], Any], quantiles: Sequence[float]) -> Any:
+            # Not in prune: a choice that is on disk needs one of the candidates only.
+            if self._ahead is not None:
+                self._ahead()
+                self._ahead = None
+            # Milliseconds. Enough to tell apart what differs by a few per cent.
+            return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
 
         return triton.autotune(
             list(tuned),
             self._key,
             prune_configs_by={"early_config_prune": prune},
-            # Milliseconds. Enough to tell apart what differs by a few per cent.
-            do_bench=functools.partial(triton.testing.do_bench, warmup=5, rep=20),
+            do_bench=time,
             cache_results=True,
         )(self.jitted)
+
+
+def compile_together(jitted: Any, ways: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+    """Compile a kernel for several (arguments, keywords) side by side, without running it.
+
+    One that cannot be compiled is left to fail where it is used.
+    """
+    workers = max(1, min(len(ways), os.cpu_count() or 1))
+    with (
+        ThreadPoolExecutor(workers, thread_name_prefix="lsync-compile") as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        for positional, keywords in ways:
+            jitted.warmup(*positional, **keywords)
 
 
 def kernel(
