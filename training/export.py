@@ -157,6 +157,16 @@ def stage_rows(run: dict[str, Any]) -> str:
     return f"{stage_rows(run['earlier'])}\n{row}" if "earlier" in run else row
 
 
+def averaged(run: dict[str, Any]) -> str:
+    """The card's sentence on the mean of two runs' weights, if that is what the weights are."""
+    if "averaged" not in run:
+        return ""
+    return (
+        f"\nThe weights are the mean of the last run's ({run['averaged']:.0%}) and of those "
+        "it began from (`training/average.py`).\n"
+    )
+
+
 def series(run: dict[str, Any], key: str) -> list[tuple[float, float]]:
     return [(p["seconds"] / 60, p[key]) for p in run["curve"] if key in p]
 
@@ -225,7 +235,7 @@ Parameters: {sizes}; fp16. Trained from scratch by the scripts in `training/` on
 | --- | --- | --- | --- | --- |
 | VAE | {vae["steps"]} | {vae["batch"]} faces | {vae["seconds"] / 60:.1f} | {vae["seed"]} |
 {ears_row(runs)}{stage_rows(unet)}
-
+{averaged(unet)}
 ## Data
 
 - Real talking faces: {people}; the rest of each is held out. Two speakers in all.
