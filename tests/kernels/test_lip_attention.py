@@ -107,7 +107,8 @@ def test_groups_hold_every_token_once():
     for number, (row, count) in enumerate(zip(groups.members, groups.counts, strict=True)):
         assert (groups.group_of[row[:count].long()] == number).all()
     full = region_at(REGION, 8, 1)
-    assert int((groups.counts == 1).sum()) >= int(full.sum())
+    assert groups.alone == int((groups.counts == 1).sum()) >= int(full.sum())
+    assert groups.to(torch.device("meta")).alone == groups.alone  # asks no device
     assert groups.counts.tolist() == sorted(groups.counts.tolist())
     tokens = groups.log_weights.exp().sum().item()
     assert tokens == pytest.approx(64 + int(MOUTH.sum()))  # its own tokens count twice

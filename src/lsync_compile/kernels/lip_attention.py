@@ -195,10 +195,9 @@ def lip_attention_reference(
 
 def _means(x: Tensor, groups: Grouping) -> Tensor:
     """``(n, L, C)`` to the mean of each group, ``(n, G, C)``, summed in float32 or wider."""
-    alone = int((groups.counts == 1).sum()) if not groups.counts.is_meta else 0
     wide = torch.promote_types(x.dtype, torch.float32)
-    single = x.index_select(1, groups.members[:alone, 0])
-    members, counts = groups.members[alone:], groups.counts[alone:]
+    single = x.index_select(1, groups.members[: groups.alone, 0])
+    members, counts = groups.members[groups.alone :], groups.counts[groups.alone :]
     rows = x.index_select(1, members.clamp(min=0).flatten()).to(wide)
     rows = rows.unflatten(1, members.shape) * (members >= 0)[None, :, :, None]
     means = rows.sum(2) / counts[None, :, None]

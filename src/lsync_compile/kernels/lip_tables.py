@@ -81,12 +81,14 @@ class Grouping:
         counts: (G,) int32, how many those are. Groups of one come first.
         log_weights: (G,) float64, what is added to a key's scores: the logarithm of its tokens'
             number, and of the weight of the lips for groups inside the region.
+        alone: how many groups are of one token; known to the host without asking a device.
     """
 
     group_of: Tensor
     members: Tensor
     counts: Tensor
     log_weights: Tensor
+    alone: int
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -94,7 +96,11 @@ class Grouping:
     def to(self, device: torch.device) -> Grouping:
         """The same tables on a device."""
         return Grouping(
-            *(x.to(device) for x in (self.group_of, self.members, self.counts, self.log_weights))
+            self.group_of.to(device),
+            self.members.to(device),
+            self.counts.to(device),
+            self.log_weights.to(device),
+            self.alone,
         )
 
 
@@ -133,7 +139,8 @@ def grouping(region: str, tokens: int, halo: int, pool: int, lip_weight: float) 
     members[group_of[by_group], torch.arange(tokens) - first[group_of[by_group]]] = by_group
     weights = counts.double().log()
     weights[group_of[lips]] += math.log(lip_weight)
-    return Grouping(group_of.int(), members.int(), counts.int(), weights)
+    alone = int((counts == 1).sum())
+    return Grouping(group_of.int(), members.int(), counts.int(), weights, alone)
 
 
 _on_device: dict[object, Any] = {}
