@@ -81,15 +81,18 @@ class Watch:
         }
 
 
-def synthesizer(unet: Any, vae: Any, steps: int, device: torch.device) -> ChunkSynthesizer:
-    """One run with guidance, whose mask hides the lower half."""
+def synthesizer(
+    unet: Any, vae: Any, frames: int, steps: int, device: torch.device
+) -> ChunkSynthesizer:
+    """One run with guidance in chunks of ``frames`` or fewer, whose mask hides the lower half."""
     side = 8 * unet.config.sample_size
     mask = torch.ones(1, side, side, device=device)
     mask[:, side // 2 :] = 0
+    # Not a Job: that imports the libraries for videos.
     job = SimpleNamespace(
         generator=torch.Generator(device).manual_seed(0), mask=mask, guidance_scale=1.5,
         guided=True, eta=0.0, num_inference_steps=steps, callback=None, callback_steps=1,
-        session=None,
+        num_frames=frames, session=None,
     )  # fmt: skip
     return ChunkSynthesizer(vae, unet, default_scheduler(), job, device)
 
@@ -157,7 +160,7 @@ def measure_run(
     variant: str, unet: Any, vae: Any, arguments: argparse.Namespace, device: torch.device
 ) -> list[dict[str, Any]]:
     """One row for each chunk of a run."""
-    run = synthesizer(unet, vae, arguments.steps, device)
+    run = synthesizer(unet, vae, max(arguments.chunks), arguments.steps, device)
     generator = torch.Generator(device).manual_seed(1)
     side, tokens = 8 * unet.config.sample_size, (50, unet.config.cross_attention_dim)
     rows = []
