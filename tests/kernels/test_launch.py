@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from lsync_compile.kernels import (
     geglu,
     group_norm_silu,
     registered,
+    residual_moments,
     temporal_attention,
 )
 from lsync_compile.kernels.accuracy import error
@@ -21,6 +25,7 @@ from lsync_compile.kernels.launch import (
     kernel,
     record_launches,
     runs_kernel,
+    triton,
 )
 from lsync_compile.kernels.spec import register
 
@@ -59,8 +64,14 @@ def mixed(x, weight, bias):
     return geglu(torch.cat([normed, normed.sin()], -1)) + total
 
 
-# Made of torch's operations alone.
-NO_KERNEL = {"upsample_conv"}
+# One is made of torch's operations alone; the other's kernel has one configuration, and rounds to
+# eight bits otherwise in the interpreter: test_fp8_linear.py bounds that.
+LEFT_OUT = {"upsample_conv", "fp8_linear"}
+
+
+def measured(x, *rest):
+    _, moments = residual_moments(x, None, None)
+    return x, moments, *rest
 
 
 def half(*tensors):
@@ -68,7 +79,7 @@ def half(*tensors):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a CPU chooses no configuration elsewhere")
-@pytest.mark.parametrize("name", [name for name in registered() if name not in NO_KERNEL])
+@pytest.mark.parametrize("name", [name for name in registered() if name not in LEFT_OUT])
 def test_every_configuration_is_exact(normal, monkeypatch, name):
     arguments = {
         "temporal_attention": lambda: (*normal(3, 6, 3, 80), 3, 2, None),
@@ -79,6 +90,10 @@ def test_every_configuration_is_exact(normal, monkeypatch, name):
         "layer_norm": lambda: (normal(6, 3, 300), *normal(2, 300), 1e-5, normal(3, 300)),
         "linear_geglu": lambda: half(normal(150, 64), normal(144, 64) / 8, normal(144)),
         "group_norm_silu": lambda: (normal(1, 12, 33, 67), 2, *normal(2, 12), 1e-5, True, None),
+        "residual_moments": lambda: (*normal(2, 2, 12, 33, 67), normal(12)),
+        "group_norm_from_moments": lambda: measured(
+            normal(2, 12, 33, 67), 2, *normal(2, 12), 1e-5, True
+        ),
     }[name]()
     spec = registered()[name]
     bound = spec.tolerances[arguments[0].dtype].relative
@@ -116,3 +131,26 @@ def test_without_triton_ops_run_their_references():
         "torch.testing.assert_close(geglu(x), x[:, :4] * torch.nn.functional.gelu(x[:, 4:]))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_candidates_are_compiled_side_by_side_before_one_is_timed(tmp_path):
+    """In a process that believes in an H100: Triton compiles for it without one."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).with_name("compile_ahead.py")
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout.splitlines()[-1])
+    every = first["candidates"]
+    assert every > 1
+    assert first["together"] == [every]
+    assert first["when timed"] == [every] * every
+    assert first["launched"] == 1
+    # A choice from disk needs one: nothing is compiled ahead, and nothing timed.
+    assert second["together"] == second["when timed"] == []
+    assert second["compiled"] == second["launched"] == 1
+    assert not first["kept"]  # the arguments' memory
+    assert not second["kept"]
