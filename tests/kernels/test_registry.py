@@ -69,6 +69,29 @@ def test_the_benchmark_runs_on_a_cpu(tmp_path):
         assert row["share_of_copy_bandwidth"] > 0
 
 
+def test_the_benchmark_keeps_what_came_before_a_failure(tmp_path, monkeypatch):
+    benchmark = load("benchmark_kernels", ROOT / "benchmarks" / "kernels.py", monkeypatch)
+    every, out = benchmark.eager, tmp_path / "kernels.json"
+
+    def failing(kernel):
+        if kernel == "lip_attention":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return every(kernel)
+
+    def measure(*kernels):
+        command = ["kernels.py", "--small", "--device", "cpu", "--sides", "4", "--runs", "1"]
+        command += ["--inductor", "--dtype", "float32", "--out", str(out), "--kernels", *kernels]
+        monkeypatch.setattr(sys, "argv", command)
+        benchmark.main()
+        return {row["kernel"] for row in json.loads(out.read_text())["rows"]}
+
+    monkeypatch.setattr(benchmark, "eager", failing)
+    with pytest.raises(RuntimeError, match="capturing"):
+        measure("spatial_attention", "lip_attention")
+    monkeypatch.setattr(benchmark, "eager", every)
+    assert measure("layer_norm") == {"spatial_attention", "layer_norm"}
+
+
 def test_the_benchmark_times_no_kernel_that_is_wrong(monkeypatch):
     benchmark = load("benchmark_kernels", ROOT / "benchmarks" / "kernels.py", monkeypatch)
     case = next(c for c in benchmark.cases(((4, 32),), 1, 2) if c.kernel == "geglu")
