@@ -63,9 +63,10 @@ def counted() -> list[dict[str, Any]]:
             audio = torch.empty(batch * frames, 50, 384)
             pictures = torch.empty(2 * frames, 3, pixels, pixels)
             latents = torch.empty(frames, 4, side, side)
-        step = tflop(lambda s=sample, a=audio: unet(s, torch.tensor(1, device=meta), a)) / chunks
-        encode = tflop(lambda p=pictures: vae.encode(p).latent_dist.parameters)
-        decode = tflop(lambda x=latents: vae.decode(x).sample)
+        work = by_kind(lambda s=sample, a=audio: unet(s, torch.tensor(1, device=meta), a))
+        step = sum(work.values()) / chunks
+        encode = sum(by_kind(lambda p=pictures: vae.encode(p).latent_dist.parameters).values())
+        decode = sum(by_kind(lambda x=latents: vae.decode(x).sample).values())
         rows.append(
             {
                 "kind": "counted",
@@ -74,6 +75,9 @@ def counted() -> list[dict[str, Any]]:
                 "guidance": guided,
                 "chunks": chunks,
                 "unet_step_tflop": round(step, 3),
+                "unet_step_tflop_by_kind": {
+                    kind: round(part / chunks, 3) for kind, part in work.items()
+                },
                 "encode_tflop": round(encode, 3),
                 "decode_tflop": round(decode, 3),
                 "chunk_tflop": round(STEPS * step + encode + decode, 2),
@@ -85,11 +89,16 @@ def counted() -> list[dict[str, Any]]:
     return rows
 
 
-def tflop(call: Any) -> float:
-    """Arithmetic of a call."""
+def by_kind(call: Any) -> dict[str, float]:
+    """TFLOP of a call: in linear layers, convolutions and attention."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
-    return float(counter.get_total_flops()) / 1e12
+    kinds = {"addmm": "linear", "mm": "linear", "convolution": "convolution"}
+    work: dict[str, float] = {}
+    for operation, flops in counter.get_flop_counts()["Global"].items():
+        kind = kinds.get(operation.__name__, "attention")
+        work[kind] = work.get(kind, 0.0) + flops / 1e12
+    return work
 
 
 def gigabytes(module: torch.nn.Module) -> float:
