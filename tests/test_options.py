@@ -80,13 +80,6 @@ def test_the_users_mapping_stays_as_it_is() -> None:
     assert resolved.inductor == {"max_autotune": True}
 
 
-def test_presets_without_approximation_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert preset_note("exact") is None
-    assert "same as 'exact'" in (preset_note("turbo") or "")
-    monkeypatch.setitem(PRESETS, "turbo", {"remove_noops": False})
-    assert preset_note("turbo") is None
-
-
 def test_which_options_force_a_rebuild_is_data() -> None:
     plain = resolve_options()
     assert plain.needs_rebuild(resolve_options(lowering="eager"))
