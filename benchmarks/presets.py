@@ -5,8 +5,9 @@
 
 Each preset, and DeepCache 3/0 as the DeepCache package does it, runs on the same inputs and noise
 as the plain pipeline with 20 DDIM steps. A row holds PSNR, SSIM and flicker of the mouth region
-against that run, and how the opening of the mouth goes with the new sound and with the opening in
-the clip that it replaces: correlations at no offset, and the best with its offset in frames.
+against that run; with the clip's own sound, its PSNR against the original frames; and how the
+opening of the mouth goes with the sound and with the opening in the clip that it replaces:
+correlations at no offset, and the best with its offset in frames.
 ``lip movement`` is the standard deviation of the opening, of that in the clip.
 """
 
@@ -93,8 +94,12 @@ def main() -> None:
             "with the old mouth": alike(drawn, old),
             "lip movement": round(float(drawn.std() / old.std()), 3),
         }
+        result = judge(made, clip, energy, None if made is reference else reference)
+        truth = result.against_original.get("mouth")
+        if truth is not None:
+            row["psnr_to_original"] = decibels(truth.psnr.value)
         if made is not reference:
-            mouth = judge(made, clip, energy, reference).against_reference["mouth"]
+            mouth = result.against_reference["mouth"]
             row |= {
                 "mouth_psnr": decibels(mouth.psnr.value),
                 "worst_frame_psnr": decibels(mouth.worst_psnr.value),

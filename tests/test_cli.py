@@ -208,7 +208,8 @@ def test_explain_takes_parts_and_shows_kernels_on_a_cpu(lsync: Callable, tmp_pat
     )
     assert code == 0
     assert "unet.0.0" in text
-    assert "vae" not in text
+    assert "vae.encoder.0" not in text
+    assert "vae.decoder.0" not in text
     assert "pass fuse_geglu: 22 matches, nodes " in text
     assert "stage timestep: " in text
     assert {path.name.split(".")[-2] for path in (tmp_path / "unet.0.0").iterdir()} == {

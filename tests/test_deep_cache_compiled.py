@@ -23,7 +23,13 @@ from lsync_compile.targets import CompiledCall
 __all__ = ["mini", "recorded_chunks"]
 
 Maker = Callable[..., Path]
-EXACT = {"lowering": "eager", "strict": True, "guidance_prefix": False, "null_audio": False}
+EXACT = {
+    "preset": "exact",
+    "lowering": "eager",
+    "strict": True,
+    "guidance_prefix": False,
+    "null_audio": False,
+}
 
 
 def faces(pipe: Any, clip: Path, speech: Path, *, steps: int = 4, **more: Any) -> list[Tensor]:

@@ -18,7 +18,13 @@ from lsync_compile.runtime import staged
 
 Maker = Callable[..., Path]
 # Half batches round otherwise; all else is the bits of the plain pipeline.
-EXACT = {"lowering": "eager", "strict": True, "guidance_prefix": False, "null_audio": False}
+EXACT = {
+    "preset": "exact",
+    "lowering": "eager",
+    "strict": True,
+    "guidance_prefix": False,
+    "null_audio": False,
+}
 written: list[np.ndarray] = []
 
 

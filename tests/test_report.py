@@ -54,7 +54,6 @@ def test_text_says_what_was_done_and_why_not() -> None:
     assert "remove_noops: 2 matches, nodes 10 -> 8, 4 ms" in text
     assert "share_repeated: vetoed (add_ writes in place)" in text
     assert "not compiled: lowering: no" in text
-    assert "no approximate optimisation is in this version" in text
 
 
 def test_text_says_what_is_replayed_and_the_memory_it_takes() -> None:

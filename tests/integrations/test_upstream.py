@@ -42,7 +42,7 @@ def plain() -> Tensor:
 
 
 def compiled(pipeline: LipsyncPipeline, **options: object) -> CompiledPipeline:
-    return torch.compile(pipeline, backend="lsync", options=options)
+    return torch.compile(pipeline, backend="lsync", options={"preset": "exact", **options})
 
 
 def unet_graphs(fast: CompiledPipeline) -> list[GraphRecord]:

@@ -38,10 +38,16 @@ def convolutions(gm: GraphModule) -> list[Node]:
 
 
 def from_weights(node: Node) -> bool:
-    return all(
-        source.op == "placeholder" and "parameters" in source.name
-        for source in node.all_input_nodes
-    )
+    """Computed from parameters alone, and so once and not in a step."""
+    waiting, seen = [node], {node}
+    while waiting:
+        source = waiting.pop()
+        if source.op == "placeholder" and "parameters" not in source.name:
+            return False
+        more = set(source.all_input_nodes) - seen
+        seen |= more
+        waiting += more
+    return True
 
 
 def copies(gm: GraphModule) -> list[Node]:

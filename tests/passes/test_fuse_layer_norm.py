@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import networks
 import pytest
@@ -126,10 +125,3 @@ def test_it_does_not_fire(function: Callable) -> None:
     after, record = fused(gm)
     assert record.outcome == "no match"
     assert networks.ops(after) == networks.ops(gm)
-
-
-def test_off_by_default() -> None:
-    gm, _ = capture(alone, X, W, P)
-    single = type("Alone", (FuseLayerNorm,), {"spec": replace(FuseLayerNorm.spec, after=())})
-    (record,) = PassManager(Options(kernels="on"), [single]).run(gm, "unet", "graph")
-    assert record.outcome == "off"

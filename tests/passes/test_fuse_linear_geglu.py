@@ -113,12 +113,6 @@ def test_it_does_not_fire(function: Callable) -> None:
     assert networks.ops(after) == networks.ops(gm)
 
 
-def test_off_by_default() -> None:
-    gm, _ = capture(FeedForward(), torch.randn(4, 8))
-    (record,) = PassManager(Options(kernels="on"), [alone()]).run(gm, "unet", "graph")
-    assert record.outcome == "off"
-
-
 def alone() -> type:
     spec = replace(FuseLinearGeglu.spec, after=())
     return type("Alone", (FuseLinearGeglu,), {"spec": spec})
