@@ -131,7 +131,7 @@ def test_all_passes_together_leave_no_copies(
     watch.layouts = []
     with torch.no_grad():
         watch.run(*inputs)
-    assert watch.layouts == [True] * len(convolutions(gm))  # real tensors as the examples say
+    assert watch.layouts == [True] * len(convolutions(after))  # real tensors as the examples say
 
 
 X, W = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3)
