@@ -14,9 +14,10 @@ original the row is than the plain run. *speed* times chunks of the full-size UN
 with guidance. Results are written row by row; the same call again measures what is missing.
 
 A row is worth its place when its PSNR is above what as many steps reach as the same time allows.
-Time is that of *speed* where it is on file; without it, a chunk's steps count as 1 each and those
-that reuse deep features as ``SHALLOW``, 12 ms of 80. Between measured numbers of steps, PSNR is
-interpolated.
+Time is that of *speed* where it is on file; for other rows it is that of as many whole steps and
+steps that reuse deep features as they take, from the rows "exact" and "DeepCache 3/0", unless they
+change the step itself. With nothing on file steps count as 1 each and those that reuse as
+``SHALLOW``, 12 ms of 80. Between measured numbers of steps, PSNR is interpolated.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from common import RESULTS, STAGE2_512, measure, merge_results, recorded
 
 QUALITY, SPEED = RESULTS / "ablation_quality.json", RESULTS / "ablation_speed.json"
 SHALLOW = 0.15
+OTHER_STEPS = {"lip_attention", "fp8_linear"}  # options with which a step takes another time
 BASE = {"preset": "exact", "strict": True}
 Point = tuple[float, float]  # cost, dB
 
@@ -219,10 +221,23 @@ def table() -> str:
 
 
 def cost_of(quality: dict[str, Any], speed: dict[str, float]) -> Callable[[str], float | None]:
-    """What a row costs: its time where times are on file, else its steps."""
-    if speed:
+    """What a row costs: its time, or that of its steps where those are timed, else its steps."""
+    cached = quality.get("DeepCache 3/0")
+    if not speed:
+        return lambda name: quality[name]["cost_in_steps"]
+    if "exact" not in speed or cached is None or cached["row"] not in speed:
         return speed.get
-    return lambda name: quality[name]["cost_in_steps"]
+    step = speed["exact"] / quality["exact"]["computed"]
+    reusing = (speed[cached["row"]] - cached["computed"] * step) / cached["reused"]
+
+    other = {row.name for row in ROWS if row.options is None or row.options.keys() & OTHER_STEPS}
+
+    def cost(name: str) -> float | None:
+        row = quality[name]
+        steps = row["computed"] * step + row["reused"] * reusing
+        return speed.get(name, None if name in other else steps)
+
+    return cost
 
 
 def at_cost(points: list[Point], cost: float) -> float | None:
