@@ -259,7 +259,7 @@ def test_full_range_is_read_as_such(tmp_path):
 
 
 def test_ten_bits_are_read(tmp_path):
-    path = tmp_path / "ten.mp4"
+    path = tmp_path / "ten.mkv"  # x265 into mp4 fails at random in FFmpeg 8
     with av.open(str(path), "w") as container:
         stream = container.add_stream(
             "libx265", rate=25, options={"crf": "1", "x265-params": "log-level=none"}
