@@ -22,10 +22,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from fixtures import load_chunks
+from fixtures import load_chunks, recorded_job
 
 from lsync_compile.models.conditions import Conditions, Prepared
-from lsync_compile.models.job import Job
 from lsync_compile.models.pipeline import LatentSyncPipeline
 from lsync_compile.models.synthesis import ChunkSynthesizer
 from lsync_compile.runtime.batching import Lane
@@ -65,22 +64,7 @@ def main() -> None:
     arguments, begin = parser.parse_args(), time.monotonic()
     device, frames = torch.device("cpu"), arguments.frames
     pipeline = LatentSyncPipeline.from_pretrained("mini")
-    job = Job(
-        video_path="none",
-        sound=torch.zeros(1).numpy(),
-        count=frames,
-        fps=25,
-        num_frames=frames,
-        num_inference_steps=STEPS,
-        guidance_scale=1.5,
-        eta=0.0,
-        mask=pipeline.mask,
-        generator=torch.Generator().manual_seed(0),
-        callback=None,
-        callback_steps=1,
-        progress=None,
-        tracker=None,  # type: ignore[arg-type]
-    )
+    job = recorded_job(pipeline, frames, steps=STEPS, seed=0)
     chunks = {chunk.name: chunk for chunk in load_chunks()}
     run = ChunkSynthesizer(pipeline.vae, pipeline.unet, pipeline.scheduler, job, device)
 

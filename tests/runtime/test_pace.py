@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fixtures import RecordedChunk, mini, mouth_psnr, recorded_chunks
+from fixtures import RecordedChunk, mini, mouth_psnr, recorded_chunks, recorded_job
 from torch import Tensor
 
 from lsync_compile.models.conditions import Conditions, Prepared
-from lsync_compile.models.job import Job
 from lsync_compile.models.pipeline import LatentSyncPipeline
 from lsync_compile.models.synthesis import ChunkSynthesizer
 from lsync_compile.options import resolve_options
@@ -30,23 +28,7 @@ class Run:
 
     def __init__(self, pipeline: LatentSyncPipeline, *, steps: int = STEPS, **options: Any) -> None:
         self.session = Session("run", resolve_options("exact", options)) if options else None
-        job = Job(
-            video_path=Path("none.mp4"),
-            sound=torch.zeros(1).numpy(),
-            count=FRAMES,
-            fps=25,
-            num_frames=FRAMES,
-            num_inference_steps=steps,
-            guidance_scale=1.5,
-            eta=0.0,
-            mask=pipeline.mask,
-            generator=torch.Generator().manual_seed(3),
-            callback=None,
-            callback_steps=1,
-            progress=None,
-            tracker=None,  # type: ignore[arg-type]
-            session=self.session,
-        )
+        job = recorded_job(pipeline, FRAMES, steps=steps, seed=3, session=self.session)
         self.synthesizer = ChunkSynthesizer(
             pipeline.vae, pipeline.unet, pipeline.scheduler, job, torch.device("cpu")
         )
