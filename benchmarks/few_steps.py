@@ -6,7 +6,8 @@ by the clip:
 
     python benchmarks/few_steps.py clip.mp4 [speech.wav] [--checkpoint mini] [--max-frames 96]
 
-Writes ``benchmarks/results/few_steps.<device>.json`` and prints the table in Markdown.
+Writes ``benchmarks/results/few_steps.<device>.json`` row by row and prints the table in Markdown;
+the same call again measures what is missing.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from common import RESULTS, machine, merge_results, recorded
 
 from lsync_compile.models.pipeline import LatentSyncPipeline
-from lsync_compile.quality.compare import Clip, Compiler, Result, Study, compare
+from lsync_compile.quality.compare import Clip, clip_energy, judge
 from lsync_compile.quality.floors import codec_floor, precision_floor
-from lsync_compile.quality.runs import SPACINGS, Setting
-from lsync_compile.quality.tables import number, print_tables
+from lsync_compile.quality.runs import SPACINGS, Run, Setting, collect
+from lsync_compile.quality.scores import Scores
 from lsync_compile.runtime.timesteps import SOLVERS
 
-RESULTS = Path(__file__).parent / "results"
+REFERENCE = "reference"
+Row = dict[str, Any]
 
 
 def settings(steps: list[int], solvers: list[str], spacings: list[str]) -> list[Setting]:
@@ -47,59 +49,71 @@ def settings(steps: list[int], solvers: list[str], spacings: list[str]) -> list[
     ]
 
 
-def markdown(study: Study) -> str:
-    """The study as the table for the documentation, fastest last."""
-    lines = [
-        "| setting | s a chunk | frames/s | mouth PSNR dB | worst frame dB | mouth SSIM | flicker |"
-        " to the original dB | sync best (offset) | on the curve |",
-        "| --- " * 10 + "|",
-    ]
-    curve = pareto(study.candidates)
-    for result in (study.reference, *study.candidates):
-        mouth = result.against_reference.get("mouth")
-        truth = result.against_original.get("mouth")
-        chunk = result.setting.num_frames / result.frames_per_second
-        cells = [
-            result.setting.name,
-            f"{chunk:.2f}",
-            f"{result.frames_per_second:.2f}",
-            number(mouth.psnr.value, 2) if mouth else "",
-            number(mouth.worst_psnr.value, 2) if mouth else "",
-            number(mouth.ssim.value, 4) if mouth else "",
-            number(mouth.flicker.value, 2) if mouth else "",
-            number(truth.psnr.value, 2) if truth else "",
-            f"{number(result.sync.best, 2)} ({result.sync.offset:+d})",
-            "yes" if result.setting.name in curve else "",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def pareto(results: list[Result]) -> set[str]:
-    """Names of the results that no other beats in both steps and mouth PSNR."""
-
-    def beats(one: Result, other: Result) -> bool:
-        ours, theirs = (r.against_reference["mouth"].psnr.value for r in (one, other))
-        steps, others = one.setting.steps, other.setting.steps
-        return steps <= others and ours >= theirs and (steps < others or ours > theirs)
-
+def scores(mouth: Scores) -> Row:
+    """The figures of the mouth region against the reference."""
     return {
-        result.setting.name
-        for result in results
-        if not any(beats(other, result) for other in results)
+        "mouth_psnr": round(mouth.psnr.value, 2),
+        "worst_frame_psnr": round(mouth.worst_psnr.value, 2),
+        "mouth_ssim": round(mouth.ssim.value, 4),
+        "flicker": round(mouth.flicker.value, 3),
     }
 
 
-def without_series(value: Any) -> Any:
-    """The answer without what it says for every frame: results are committed."""
-    if isinstance(value, dict):
-        series = ("frames_psnr", "opening")
-        return {key: without_series(inner) for key, inner in value.items() if key not in series}
-    return [without_series(inner) for inner in value] if isinstance(value, list) else value
+def judged(made: Run, clip: Clip, reference: Run | None) -> Row:
+    """What is filed of a run; ``reference`` is None for the reference itself."""
+    result = judge(made, clip, clip_energy(clip, len(made)), reference)
+    truth, setting = result.against_original.get("mouth"), made.setting
+    against = {} if reference is None else scores(result.against_reference["mouth"])
+    return {
+        "row": setting.name,
+        "solver": setting.solver,
+        "spacing": setting.spacing,
+        "steps": setting.steps,
+        "seconds_a_chunk": round(setting.num_frames / made.frames_per_second, 2),
+        **against,
+        **({} if truth is None else {"psnr_to_original": round(truth.psnr.value, 2)}),
+        "sync_best": result.sync.to_dict()["best"],
+        "sync_offset": result.sync.offset,
+    }
+
+
+def pareto(rows: list[Row]) -> set[str]:
+    """Names of the rows that no other beats in both steps and mouth PSNR."""
+
+    def beats(one: Row, other: Row) -> bool:
+        fewer, nearer = one["steps"] - other["steps"], one["mouth_psnr"] - other["mouth_psnr"]
+        return bool(fewer <= 0 <= nearer and (fewer < 0 or nearer > 0))
+
+    candidates = [row for row in rows if "steps" in row and "mouth_psnr" in row]
+    return {row["row"] for row in candidates if not any(beats(other, row) for other in candidates)}
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table for the documentation, in the order of the rows."""
+    columns = (
+        ("setting", "row", ""),
+        ("s a chunk", "seconds_a_chunk", ".2f"),
+        ("mouth PSNR dB", "mouth_psnr", ".2f"),
+        ("worst frame dB", "worst_frame_psnr", ".2f"),
+        ("mouth SSIM", "mouth_ssim", ".4f"),
+        ("flicker", "flicker", ".2f"),
+        ("to the original dB", "psnr_to_original", ".2f"),
+        ("sync best", "sync_best", ".2f"),
+    )
+    lines = ["| " + " | ".join(head for head, *_ in columns) + " | on the curve |"]
+    lines.append("| --- " * (len(columns) + 1) + "|")
+    curve = pareto(rows)
+    for row in rows:
+        cells = [
+            "" if row.get(name) is None else format(row[name], digits)
+            for _, name, digits in columns
+        ]
+        lines.append("| " + " | ".join(cells) + f" | {'yes' if row['row'] in curve else ''} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Run, print, write."""
+    """Run what is missing, write, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("video", type=Path)
     parser.add_argument("audio", type=Path, nargs="?", help="the clip's own sound if left out")
@@ -111,56 +125,57 @@ def main() -> None:
     parser.add_argument("--spacings", nargs="+", choices=SPACINGS, default=["leading"])
     parser.add_argument("--max-frames", type=int, default=None)
     parser.add_argument("--no-floors", action="store_true")
+    parser.add_argument("--again", action="store_true", help="measure what is on file too")
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
-    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "float16")
-    pipeline = LatentSyncPipeline.from_pretrained(
-        arguments.checkpoint, torch_dtype=getattr(torch, dtype), device=arguments.device
-    )
+    device = torch.device(arguments.device)
+    dtype = arguments.dtype or ("float32" if device.type == "cpu" else "float16")
     clip = Clip(arguments.video, arguments.audio)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+    name = device.type if device.type == "cpu" else machine(device)["device"].lower()
+    path = arguments.output or RESULTS / f"few_steps.{re.sub(r'[^a-z0-9]+', '-', name)}.json"
+    # Names and not paths: results are committed.
+    question = (
+        f"{Path(arguments.checkpoint).name} in {dtype} on {clip.video.name}, "
+        f"{clip.audio.name if clip.audio else 'its own'} sound, "
+        f"{arguments.max_frames or 'all'} frames: what do fewer steps cost?"
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    done = [] if arguments.again else [key for (key,) in recorded(path, question, device, ("row",))]
 
-        def bar(setting: Setting) -> object:
-            task = progress.add_task(setting.name, total=None)
-            return lambda done, total: progress.update(task, completed=done, total=total)
+    def file(row: Row) -> None:
+        print(row, flush=True)
+        merge_results(path, question, device, [row], ("row",))
 
-        study = compare(
-            pipeline,
-            clip,
-            settings(arguments.steps, arguments.solvers, arguments.spacings),
-            prepare=Compiler(),
-            max_frames=arguments.max_frames,
-            progress=bar,
-            measure_floors=None
-            if arguments.no_floors
-            else lambda run: [
-                precision_floor(pipeline, clip.video, clip.audio, run),
-                codec_floor(run, pipeline.detector),
-            ],
-        )
-    print_tables(study, Console(stderr=True))
-    print(markdown(study))
-    device = re.sub(r"[^a-z0-9]+", "-", study.machine["device"].lower()).strip("-")
-    path = arguments.output or RESULTS / f"few_steps.{device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    answer = {
-        "benchmark": "few_steps",
-        "checkpoint": Path(arguments.checkpoint).name,
-        "pareto": sorted(pareto(study.candidates)),
-        **without_series(study.to_dict()),
-        # Names and not paths: results are committed.
-        "video": clip.video.name,
-        "audio": clip.audio.name if clip.audio else None,
+    pipeline: Any = LatentSyncPipeline.from_pretrained(
+        arguments.checkpoint, torch_dtype=getattr(torch, dtype), device=device
+    )
+
+    def run(setting: Setting, reference: Run | None = None) -> Run:
+        return collect(
+            pipeline, clip.video, clip.audio, setting,
+            max_frames=arguments.max_frames, beside=reference,
+        )  # fmt: skip
+
+    wanted = settings(arguments.steps, arguments.solvers, arguments.spacings)
+    missing = [setting for setting in wanted if setting.name not in done]
+    floors: dict[str, Callable[[Run], Any]] = {
+        "floor: other number format": lambda reference: precision_floor(
+            pipeline, clip.video, clip.audio, reference
+        ),
+        "floor: codec": lambda reference: codec_floor(reference, pipeline.detector),
     }
-    path.write_text(json.dumps(answer, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print(f"\n{path}")
+    if arguments.no_floors:
+        floors = {}
+    floors = {name: measure for name, measure in floors.items() if name not in done}
+    if missing or floors or REFERENCE not in done:
+        reference = run(Setting(REFERENCE))
+        if REFERENCE not in done:
+            file(judged(reference, clip, None))
+        for name, measure in floors.items():
+            floor = measure(reference)
+            file({"row": name, "kind": floor.name, **scores(floor.scores["mouth"])})
+        for setting in missing:
+            file(judged(run(setting, reference), clip, reference))
+    print(markdown(json.loads(path.read_text(encoding="utf-8"))["rows"]))
 
 
 if __name__ == "__main__":
