@@ -1,4 +1,4 @@
-"""Checks of option values, each with an error that names the option and what it takes."""
+"""What an option says of itself, and checks of values with errors that name the option."""
 
 from __future__ import annotations
 
@@ -10,6 +10,24 @@ from typing import Any
 from lsync_compile.errors import OptionError
 
 PATHS = frozenset({"dump_dir", "trace"})  # options that are files or folders
+
+
+def about(
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    between: tuple[float, float] | None = None,
+    rebuild: bool = True,
+) -> dict[str, Any]:
+    """The metadata of an option's field.
+
+    Args:
+        help: one sentence for the table.
+        choices: the allowed names.
+        between: the smallest and the largest allowed number, for fields that are numbers.
+        rebuild: whether a change means compiling anew.
+    """
+    return {"help": help, "choices": choices, "between": between, "rebuild": rebuild}
 
 
 def check(

@@ -1,0 +1,16 @@
+"""The presets: what each changes against the options' defaults.
+
+docs/performance.md has the measurements behind them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Chunks after the first take 5 and 3 of 20 steps.
+_REGION = {"lip_attention": True, "crop_decode": True}
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "balanced": {"temporal_start": "path", "temporal_strength": 0.25, **_REGION},
+    "turbo": {"temporal_start": "path", "temporal_strength": 0.15, **_REGION},
+}
