@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import uuid
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +25,7 @@ from lsync_compile.bench.tables import (
 )
 from lsync_compile.bench.trace import draw
 from lsync_compile.errors import MediaError
+from lsync_compile.files import replaced
 from lsync_compile.options import PRESETS
 from lsync_compile.quality.extra import require
 
@@ -62,15 +62,12 @@ def write_all(folder: Path, sections: Sequence[Mapping[str, Any]]) -> list[Path]
     written = []
     for name, text in texts.items():
         path = folder / name
-        partial = folder / f".{name}.{uuid.uuid4().hex[:8]}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            with replaced(path) as partial:
+                partial.write_text(text, encoding="utf-8")
         except OSError as error:
             raise MediaError(f"{path}: cannot be written: {error.strerror}") from error
-        finally:
-            partial.unlink(missing_ok=True)
         written.append(path)
     return written
 

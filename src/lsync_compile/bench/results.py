@@ -7,12 +7,12 @@ setting go on with their section; others begin one of their own, and none is thr
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lsync_compile.errors import MediaError, OptionError
+from lsync_compile.files import replaced
 
 
 class Results:
@@ -48,16 +48,13 @@ class Results:
 
     def save(self) -> None:
         """Write the file; an existing one is replaced by a whole one only."""
-        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"sections": self.sections}, indent=2, allow_nan=False)
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(self.path)
+            with replaced(self.path) as partial:
+                partial.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise MediaError(f"{self.path}: cannot be written: {error.strerror}") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 class Section:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import uuid
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +19,9 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
+from lsync_compile.cores import codec_threads
 from lsync_compile.errors import MediaError
+from lsync_compile.files import partial_name
 from lsync_compile.media.audio import SoundReader
 from lsync_compile.media.colour import EXACT, ColourTags
 
@@ -90,9 +91,7 @@ class VideoWriter:
             raise MediaError(f"{self.path}: the folder {self.path.parent} does not exist")
         if self.path.is_dir():
             raise MediaError(f"{self.path}: is a folder; give the name of a file")
-        self._temporary = self.path.with_name(
-            f".{self.path.stem}.{uuid.uuid4().hex[:8]}{self.path.suffix}"
-        )
+        self._temporary = partial_name(self.path)
         try:
             self._open(codec, {"crf": str(crf), "preset": preset}, pixel_aspect)
         except BaseException:
@@ -164,6 +163,7 @@ class VideoWriter:
         context.time_base = 1 / self._fps
         # PyAV's default, slices, keeps no more than a few cores busy with one picture.
         context.thread_type = "AUTO"
+        context.thread_count = codec_threads()
         context.sample_aspect_ratio = pixel_aspect
         context.color_range = _LIMITED_RANGE
         context.colorspace = self._colour.matrix

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import importlib
 import math
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsync_compile.errors import MediaError
+from lsync_compile.files import replaced
 from lsync_compile.quality.bars import Verdict
 from lsync_compile.quality.compare import Study
 from lsync_compile.quality.extra import require
@@ -62,14 +62,11 @@ def write_page(
     """
     check_target(path)
     text = render_page(study, runs, verdicts)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with replaced(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise MediaError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_target(path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lsync_compile.files import replaced
 from lsync_compile.runtime.cache_folder import cache_folder
 
 SAMPLES = 16  # values of each weight that tell one checkpoint from another
@@ -91,9 +91,8 @@ def save_calibration(unet: nn.Module, calibration: Calibration) -> Path:
     path = calibration_file(unet)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [asdict(known[key]) for key in sorted(known)]
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps({"version": VERSION, "calibrations": rows}, indent=1))
-    unfinished.replace(path)  # at once: another process may be reading
+    with replaced(path) as partial:  # at once: another process may be reading
+        partial.write_text(json.dumps({"version": VERSION, "calibrations": rows}, indent=1))
     return path
 
 

@@ -21,7 +21,6 @@ import os
 import shutil
 import tempfile
 import time
-import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -34,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from lsync_compile.errors import MediaError
+from lsync_compile.files import replaced
 from lsync_compile.media.faces import Face
 from lsync_compile.runtime.cache_folder import cache_folder
 
@@ -194,18 +194,6 @@ def _name(text: str) -> str:
     return hashlib.blake2b(f"{FORMAT} {text}".encode(), digest_size=8).hexdigest()
 
 
-@contextlib.contextmanager
-def _replaced(path: Path) -> Any:
-    """A file that takes the place of `path` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_faces(path: Path, faces: Mapping[int, Face | None]) -> None:
     places = sorted(faces)
     rows = np.full((len(places), 4 + 10 + 6 + 1), np.nan)
@@ -215,7 +203,7 @@ def _write_faces(path: Path, faces: Mapping[int, Face | None]) -> None:
             row[:] = np.concatenate(
                 [face.box, face.points.ravel(), face.landmarks.ravel(), [face.score]]
             )
-    with _replaced(path) as file:
+    with replaced(path) as partial, partial.open("wb") as file:
         np.savez(file, places=np.array(places), rows=rows)
 
 
@@ -329,7 +317,7 @@ class _FreshRecords:
             "dtype": str(self._dtype).removeprefix("torch."),
             "records": heads + self._heads,
         }
-        with _replaced(path) as file:
+        with replaced(path) as partial, partial.open("wb") as file:
             file.write(json.dumps(head).encode() + b"\n")
             for _, _, data in kept:
                 file.write(data)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lsync_compile.errors import MediaError, OptionError
+from lsync_compile.files import replaced
 from lsync_compile.options import resolve_options
 
 
@@ -41,11 +41,8 @@ def write_configuration(path: Path, options: Mapping[str, Any], **about: Any) ->
         MediaError: the folder is missing or cannot be written to.
     """
     text = json.dumps({"options": dict(options), **about}, indent=2, allow_nan=False) + "\n"
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with replaced(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise MediaError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
