@@ -11,6 +11,7 @@ import torch
 
 from lsync_compile.errors import MediaError, MemoryLimitError, NoFaceError, OptionError
 from lsync_compile.media.audio import load_audio
+from lsync_compile.media.sources import FrameArray, SoundArray
 from lsync_compile.media.video import probe, read_frames
 from lsync_compile.models.pipeline import LatentSyncPipeline
 
@@ -249,3 +250,17 @@ def test_bad_arguments_are_named_before_any_work(
 ) -> None:
     with pytest.raises(OptionError, match=words):
         tiny_pipeline.synthesize(make_clip(2), make_speech(0.1), **arguments)
+
+
+def test_frames_and_sound_in_memory_give_the_files_bytes(
+    tiny_pipeline: LatentSyncPipeline, make_clip: Maker, make_speech: Maker
+) -> None:
+    clip, speech = make_clip(6), make_speech(0.36)
+    filed = run(tiny_pipeline, clip, speech)
+    held = torch.from_numpy(np.stack(list(read_frames(clip)))).float() / 255
+    sound = SoundArray(load_audio(speech), 16_000)
+    kept = run(tiny_pipeline, FrameArray(held, 25), sound)
+    assert np.array_equal(pictures(kept), pictures(filed))
+    assert {result.total for result in kept} == {9} == {len(pictures(kept))}
+    with pytest.raises(MediaError, match="give the speech"):
+        tiny_pipeline.synthesize(FrameArray(held, 25))

@@ -21,6 +21,7 @@ Samples = npt.NDArray[np.float32]
 
 _LAYOUTS = {1: "mono", 2: "stereo"}
 _HIGHEST_RATE = 48_000  # Hz; more is not heard, and not every player takes it
+_BLOCK = 2**16  # samples at a time
 
 
 def load_audio(path: str | Path, *, sample_rate: int = 16000, channels: int = 1) -> Samples:
@@ -43,6 +44,20 @@ def load_audio(path: str | Path, *, sample_rate: int = 16000, channels: int = 1)
     """
     sound = np.concatenate(list(_decode(path, sample_rate, channels)))
     return sound[:, 0] if channels == 1 else sound
+
+
+def resample(samples: Samples, source_rate: int, sample_rate: int) -> Samples:
+    """Samples of one channel, (n,) float32, at another rate."""
+    if source_rate == sample_rate:
+        return samples
+    resampler = _Resampler(sample_rate, 1)
+    blocks = []
+    for begin in range(0, len(samples), _BLOCK):
+        part = np.ascontiguousarray(samples[None, begin : begin + _BLOCK], dtype=np.float32)
+        frame = AudioFrame.from_ndarray(part, format="flt", layout="mono")
+        frame.sample_rate = source_rate
+        blocks += resampler(frame)
+    return np.concatenate(blocks + resampler.flush())
 
 
 class SoundReader:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from lsync_compile.errors import NoFaceError, OptionError
 from lsync_compile.media.align import FaceAligner, crop_face
 from lsync_compile.media.align_batch import BatchAligner
 from lsync_compile.media.faces import Face, FaceDetector, Frame, TrackingDetector, detect_all
-from lsync_compile.media.video import PingPongReader
+from lsync_compile.media.sources import ClipSource, play
 
 Matrix = NDArray[np.float32]
 
@@ -168,7 +167,7 @@ class FaceTracker:
         cut = [crop_face(frame, matrix, self.resolution) for frame, matrix in pairs]
         return torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2)
 
-    def check_found(self, video_path: str | Path) -> None:
+    def check_found(self, video_path: ClipSource) -> None:
         """Called at the end of a clip.
 
         Raises:
@@ -197,7 +196,7 @@ def _area(face: Face) -> float:
 
 
 def read_chunks(
-    video_path: str | Path, count: int, num_frames: int, fps: int, tracker: FaceTracker
+    video_path: ClipSource, count: int, num_frames: int, fps: int, tracker: FaceTracker
 ) -> Iterator[Chunk]:
     """Yield the ``count`` output frames of a clip as chunks of ``num_frames``; the last is short.
 
@@ -212,14 +211,14 @@ def read_chunks(
     tracker.check_found(video_path)
 
 
-def cut_chunks(video_path: str | Path, count: int, num_frames: int, fps: int) -> Iterator[Chunk]:
+def cut_chunks(video_path: ClipSource, count: int, num_frames: int, fps: int) -> Iterator[Chunk]:
     """As :func:`read_chunks`, with pictures only; :meth:`FaceTracker.place` does the rest.
 
     Raises:
         MediaError: the file cannot be read.
     """
     chunk = Chunk(0, 0, [], [], [])
-    for position, (source, frame) in enumerate(PingPongReader(video_path, count, fps)):
+    for position, (source, frame) in enumerate(play(video_path, count, fps)):
         chunk.sources.append(source)
         chunk.frames.append(frame)
         if len(chunk) == num_frames or position == count - 1:

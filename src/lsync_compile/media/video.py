@@ -37,6 +37,7 @@ __all__ = [
     "VideoInfo",
     "VideoWriter",
     "count_frames",
+    "on_grid",
     "probe",
     "read_frames",
 ]
@@ -301,7 +302,7 @@ class _Clip:
                 else:
                     # Without time stamps frames come at a constant rate.
                     time = number / rate
-                yield _Placed(_grid(time, self._fps), _grid(time + lasts, self._fps), frame)
+                yield _Placed(on_grid(time, self._fps), on_grid(time + lasts, self._fps), frame)
         except av.error.FFmpegError as error:
             raise MediaError(
                 f"{self._path}: damaged or cut off {float(time):.2f} s into the clip "
@@ -323,6 +324,6 @@ def _spread(decoded: Iterable[_Placed], start: int) -> Iterator[tuple[int, Video
         index += 1
 
 
-def _grid(time: Fraction, fps: Fraction) -> int:
-    """The index nearest to a time in seconds, halves upward."""
+def on_grid(time: Fraction, fps: Fraction) -> int:
+    """The output index nearest to a time in seconds, halves upward."""
     return math.floor(time * fps + Fraction(1, 2))

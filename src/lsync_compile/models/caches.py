@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lsync_compile.media.sources import ClipSource, FrameArray
 from lsync_compile.models.job import Job
 from lsync_compile.report import Session
 from lsync_compile.runtime.clip_cache import ClipCache, ClipStore, clip_key, networks_key
@@ -47,7 +48,7 @@ class JobCaches:
             # Any option may change how faces are encoded, but for a few that cannot.
             rest = {name: value for name, value in options.to_dict().items() if name not in _APART}
             encodings = f"{rest} " + networks_key(pipeline.vae, job.mask, device)
-            self._store = cache.open(clip_key(job.video_path), faces, encodings)
+            self._store = cache.open(_key(job.video_path), faces, encodings)
             job.tracker.faces.update(self._store.faces)
         if options.face_cache or options.clip_cache:
             self.encodings = Encodings(self._store)
@@ -55,7 +56,7 @@ class JobCaches:
     def keep(self) -> None:
         """At the end of a run that went well: store what is new of the clip."""
         if self._store is not None:
-            self._store.commit(self._job.tracker.faces, clip_key(self._job.video_path))
+            self._store.commit(self._job.tracker.faces, _key(self._job.video_path))
 
     def account(self) -> None:
         """Put counters, times and warnings into the report, and write the trace."""
@@ -97,6 +98,11 @@ _APART = frozenset(
         *("face_cache", "clip_cache", "clip_cache_gib", "batch_chunks", "batch_memory_gib"),
     }
 )
+
+
+def _key(clip: ClipSource) -> str:
+    """A hash of a clip's content."""
+    return clip.key() if isinstance(clip, FrameArray) else clip_key(clip)
 
 
 def _warn(session: Session, detector: CachedFaceDetector) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lsync_compile.errors import OptionError
 from lsync_compile.media.faces import Frame
+from lsync_compile.media.sources import ClipSource
 from lsync_compile.media.tracking import FaceTracker
 from lsync_compile.report import Session
 from lsync_compile.runtime.timeline import Timeline
@@ -32,6 +32,7 @@ class ChunkResult:
     Attributes:
         index: position of the chunk in the output.
         frame_indices: f output frame numbers.
+        total: output frames of the whole run.
         original: f pictures of the clip, (H, W, 3) uint8 RGB.
         faces: (f, 3, R, R) uint8, aligned faces of the clip; None if no frame shows a face.
         synced: (f, 3, R, R) in [-1, 1], generated faces with the surroundings pasted back.
@@ -42,6 +43,7 @@ class ChunkResult:
 
     index: int
     frame_indices: list[int]
+    total: int
     original: list[Frame]
     faces: Tensor | None
     synced: Tensor | None
@@ -71,7 +73,7 @@ class LipsyncOutput(BaseOutput):
 class Job:
     """A checked request: what to read, how to denoise, whom to tell."""
 
-    video_path: str | Path
+    video_path: ClipSource
     sound: NDArray[np.float32]  # (n,), 16 kHz
     count: int  # output frames
     fps: int

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from lsync_compile.errors import MediaError, MemoryLimitError
 from lsync_compile.media.align_batch import BatchAligner
-from lsync_compile.media.audio import SoundReader, load_audio
+from lsync_compile.media.audio import SoundReader
 from lsync_compile.media.faces import FaceDetector, create_detector
 from lsync_compile.media.mask import mouth_mask
+from lsync_compile.media.sources import ClipSource, SoundSource, hear, length
 from lsync_compile.media.tracking import FaceTracker
-from lsync_compile.media.video import count_frames, probe
+from lsync_compile.media.video import probe
 from lsync_compile.media.writer import VideoWriter
 from lsync_compile.models.audio import AudioEncoder
 from lsync_compile.models.caches import JobCaches, wanted
@@ -256,18 +257,20 @@ class LatentSyncPipeline(DiffusionPipeline):
         )
 
     def synthesize(
-        self, video_path: str | Path, audio_path: str | Path | None = None, **arguments: Any
+        self, video_path: ClipSource, audio_path: SoundSource | None = None, **arguments: Any
     ) -> Iterator[ChunkResult]:
         """Yield finished chunks one by one and write nothing; arguments as for a call.
 
-        Arguments are checked at once, work starts with the first chunk that is asked for.
+        Clip and sound may also be in memory: :class:`~lsync_compile.media.sources.FrameArray`,
+        :class:`~lsync_compile.media.sources.SoundArray`. Arguments are checked at once, work
+        starts with the first chunk that is asked for.
         """
         return self._run(self._plan(video_path, audio_path, **arguments))
 
     def _plan(
         self,
-        video_path: str | Path,
-        audio_path: str | Path | None,
+        video_path: ClipSource,
+        audio_path: SoundSource | None,
         *,
         num_frames: int = 16,
         video_fps: int = 25,
@@ -300,12 +303,12 @@ class LatentSyncPipeline(DiffusionPipeline):
         check_chunk_length(num_frames, self.unet.max_frames)
         check_compatibility_arguments(audio_sample_rate, weight_dtype, self.unet.dtype)
         sound_path = video_path if audio_path is None else audio_path
-        sound = load_audio(sound_path, sample_rate=audio_sample_rate)
+        sound = hear(sound_path, audio_sample_rate)
         count = math.ceil(len(sound) * video_fps / audio_sample_rate - 1e-6)
         if count == 0:
             raise MediaError(f"{sound_path}: the sound is empty; there is nothing to sync to")
         if audio_path is None:
-            count = min(count, count_frames(video_path, video_fps))
+            count = min(count, length(video_path, video_fps))
         if max_frames is not None:
             count = min(count, max_frames)
         mask = mouth_mask(resolution, mask_image_path or self.mask_path)

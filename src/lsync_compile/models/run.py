@@ -188,6 +188,7 @@ class Run:
         return ChunkResult(
             index=chunk.index,
             frame_indices=list(range(chunk.start, chunk.start + len(chunk))),
+            total=self._job.count,
             original=chunk.frames,
             faces=chunk.faces,
             synced=passing.synced,
