@@ -11,7 +11,6 @@ limit: 40 ms are 25 frames a second. Cutting and pasting are those of a CPU, fra
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import torch
 from common import RESULTS, merge_results
 from memory import SAMPLE
 
+from lsync_compile.cores import usable_cores
 from lsync_compile.media.align import FaceAligner, crop_face, restore_face
 from lsync_compile.media.mtcnn import MtcnnDetector
 from lsync_compile.media.video import probe, read_frames
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "frames.json")
     arguments = parser.parse_args()
     info, side = probe(arguments.clip), arguments.resolution
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     rows: list[dict[str, Any]] = []
 
     def record(work: str, call: Callable[[], Any]) -> Any:

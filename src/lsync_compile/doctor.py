@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from lsync_compile.cores import usable_cores
 from lsync_compile.errors import LsyncError
 
 SUPPORTED_TORCH = ((2, 11), (2, 14))
@@ -64,7 +64,8 @@ def _versions() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    yield Finding("cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used")
+    cores, threads = usable_cores(), torch.get_num_threads()
+    yield Finding("cpu", "ok", f"{cores} cores for this process, {threads} threads used")
     if not torch.cuda.is_available():
         yield Finding(
             "gpu", "warning", "none that torch can use; the CPU works, far from real time"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import cv2
@@ -244,7 +246,7 @@ def test_halvings_leave_a_factor_of_two():
 
 
 def test_frames_side_by_side_have_the_same_faces_in_the_same_places(detector, frames, monkeypatch):
-    monkeypatch.setattr(mtcnn, "_cores", lambda: 6)
+    monkeypatch.setattr(mtcnn, "usable_cores", lambda: 6)
     blank = np.zeros_like(frames[0])
     shown = [frames[0], blank, *frames[1:3]]
     together = detector.detect_all(shown)
@@ -259,8 +261,31 @@ def test_frames_side_by_side_have_the_same_faces_in_the_same_places(detector, fr
 
 
 def test_an_error_while_frames_are_looked_at_side_by_side_is_raised(detector, monkeypatch):
-    monkeypatch.setattr(mtcnn, "_cores", lambda: 6)
+    monkeypatch.setattr(mtcnn, "usable_cores", lambda: 6)
     frame = np.zeros((64, 64, 3), dtype=np.uint8)
     with pytest.raises(AttributeError, match="shape"):
         detector.detect_all([frame, None, frame])
     assert detector.detect_all([frame, frame]) == [None, None]
+
+
+def test_threads_that_share_a_detector_take_turns(detector, monkeypatch):
+    at_once, most = 0, 0
+    look = MtcnnDetector._candidates
+
+    def slow(self, levels, sizes):
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.01)
+        found = look(self, levels, sizes)
+        at_once -= 1
+        return found
+
+    monkeypatch.setattr(MtcnnDetector, "_candidates", slow)
+    monkeypatch.setattr(mtcnn, "usable_cores", lambda: 1)
+    frame = np.zeros((64, 64, 3), dtype=np.uint8)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda many: detector.detect_all([frame] * many), [2, 1, 2]))
+        found += [list(pool.map(detector.detect, [frame] * 3))]
+    assert found == [[None] * 2, [None], [None] * 2, [None] * 3]
+    assert most == 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lsync_compile.cores import usable_cores
 
 try:
     import triton
@@ -163,7 +164,7 @@ def compile_together(jitted: Any, ways: Sequence[tuple[tuple[Any, ...], dict[str
 
     One that cannot be compiled is left to fail where it is used.
     """
-    workers = max(1, min(len(ways), os.cpu_count() or 1))
+    workers = max(1, min(len(ways), usable_cores()))
     with (
         ThreadPoolExecutor(workers, thread_name_prefix="lsync-compile") as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),

@@ -14,6 +14,7 @@ import av.stream
 from av.audio.stream import AudioStream
 from av.video.stream import VideoStream
 
+from lsync_compile.cores import codec_threads
 from lsync_compile.errors import MediaError
 
 
@@ -48,6 +49,7 @@ def video_stream(path: str | Path, container: av.container.InputContainer) -> Vi
         raise MediaError(f"{path}: has no video track")
     _check_decoder(path, "video", tracks[0])
     tracks[0].thread_type = "AUTO"
+    tracks[0].codec_context.thread_count = codec_threads()
     return tracks[0]
 
 

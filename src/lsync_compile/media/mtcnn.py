@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from lsync_compile.cores import usable_cores
 from lsync_compile.errors import OptionError
 from lsync_compile.media.faces import Face, Frame, Points, usable
 
@@ -70,7 +71,7 @@ class _Candidates:
 
 
 class MtcnnDetector:
-    """Largest face of a frame with MTCNN. For one thread at a time.
+    """Largest face of a frame with MTCNN. Threads that share one take turns.
 
     Args:
         min_score: confidence in [0, 1] that a face must reach, as the mean over its crops.
@@ -89,9 +90,17 @@ class MtcnnDetector:
         self._min_score = min_score
         self._min_face = min_face
         self._others: list[MtcnnDetector] = []
+        # A network keeps its input and its layers' results: of two threads at once, one would get
+        # the faces of the other's frame.
+        self._turn = threading.Lock()
 
     def detect(self, frame: Frame) -> Face | None:
         """The largest usable face of an RGB frame (H, W, 3) uint8, or None."""
+        with self._turn:
+            return self._detect(frame)
+
+    def _detect(self, frame: Frame) -> Face | None:
+        """`detect`, for who has the turn."""
         levels = _Halves(frame)
         for sizes in self._searches(levels):
             for face in usable(self._candidates(levels, sizes), levels.height, levels.width):
@@ -105,24 +114,26 @@ class MtcnnDetector:
 
         A frame's networks are too small to keep several cores busy.
         """
-        workers = min(len(frames), _MOST_WORKERS, max(1, _cores() // 2))
-        while len(self._others) < workers - 1:
-            self._others.append(MtcnnDetector(min_score=self._min_score, min_face=self._min_face))
-        if workers < 2:
-            return [self.detect(frame) for frame in frames]
-        free: SimpleQueue[MtcnnDetector] = SimpleQueue()
-        for detector in (self, *self._others[: workers - 1]):
-            free.put(detector)
-
-        def detect(frame: Frame) -> Face | None:
-            detector = free.get()
-            try:
-                return detector.detect(frame)
-            finally:
+        with self._turn:
+            workers = min(len(frames), _MOST_WORKERS, max(1, usable_cores() // 2))
+            if workers < 2:
+                return [self._detect(frame) for frame in frames]
+            while len(self._others) < workers - 1:
+                other = MtcnnDetector(min_score=self._min_score, min_face=self._min_face)
+                self._others.append(other)
+            free: SimpleQueue[MtcnnDetector] = SimpleQueue()
+            for detector in (self, *self._others[: workers - 1]):
                 free.put(detector)
 
-        with ThreadPoolExecutor(workers, thread_name_prefix="lsync-detect") as pool:
-            return list(pool.map(detect, frames))
+            def detect(frame: Frame) -> Face | None:
+                detector = free.get()
+                try:
+                    return detector._detect(frame)
+                finally:
+                    free.put(detector)
+
+            with ThreadPoolExecutor(workers, thread_name_prefix="lsync-detect") as pool:
+                return list(pool.map(detect, frames))
 
     def track(self, frame: Frame, last: Face) -> Face | None:
         """The face that was at `last` a frame ago, without a search; None if not surely there.
@@ -131,7 +142,8 @@ class MtcnnDetector:
         no more than detecting twice from different starts does.
         """
         levels = _Halves(frame)
-        face = self._look_again(levels, last)
+        with self._turn:
+            face = self._look_again(levels, last)
         sure = face.score >= self._min_score and usable([face], levels.height, levels.width)
         return face if sure else None
 
@@ -252,13 +264,6 @@ def brows_and_nose(points: Points) -> Points:
     eyes, mouth = (left + right) / 2, (points[3] + points[4]) / 2
     up = eyes - mouth
     return np.stack([left + _BROW * up, right + _BROW * up, tip + _NOSE * (eyes - tip)])
-
-
-def _cores() -> int:
-    """The processor's cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _model_folder() -> Path:
