@@ -6,7 +6,7 @@ OUT    ?= out
 DEMO   := src/lsync_compile/assets/sample
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint docs bench clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,6 +34,12 @@ lint: $(BIN)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Opens from the disk; `python3 -m http.server -d out/site` gives it a working search too.
+docs: $(BIN)/.installed  ## Build the documentation's site into out/site
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python docs/site/tables.py --check
+	$(BIN)/mkdocs build --strict --quiet --site-dir $(abspath $(OUT))/site
 
 clean:  ## Remove what the other targets made
 	rm -rf $(VENV) $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache
