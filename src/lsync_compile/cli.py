@@ -17,7 +17,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from lsync_compile import __version__
 from lsync_compile.bench.cli import bench
-from lsync_compile.cores import fit_threads
 from lsync_compile.devices import DType, choose_device, choose_dtype, peak_device_mib
 from lsync_compile.errors import Interrupted, LsyncError, OptionError
 from lsync_compile.progress import WORTH_SAYING, Compiling, listening
@@ -364,7 +363,6 @@ def _progress(console: Console, label: str) -> Iterator[Any]:
 
 def main() -> None:
     """Entry point: errors become one line on standard error and an exit code."""
-    fit_threads()
     try:
         app()
     except LsyncError as error:

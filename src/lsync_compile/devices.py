@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
+from lsync_compile.cores import fit_threads
 from lsync_compile.errors import OptionError
 
 
@@ -17,9 +18,13 @@ class DType(str, Enum):
 
 
 def choose_device(name: str | None) -> Any:
-    """The torch device for ``--device``; the first GPU, else the CPU, for None."""
+    """The torch device for ``--device``; the first GPU, else the CPU, for None.
+
+    Fits this process's threads to its cores, whatever the device: faces and video are a CPU's.
+    """
     import torch
 
+    fit_threads()
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
