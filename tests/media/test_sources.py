@@ -100,7 +100,7 @@ def test_what_is_no_sound_is_refused() -> None:
     with pytest.raises(OptionError, match="sample_rate"):
         SoundArray(np.zeros(3, np.float32), 0)
     with pytest.raises(MediaError, match="empty"):
-        hear(SoundArray(np.zeros((2, 0), np.float32), 16_000), 16_000)
+        SoundArray(np.zeros((2, 0), np.float32), 16_000)
     with pytest.raises(MediaError, match="finite"):
         hear(SoundArray(np.full(9, np.nan, np.float32), 16_000), 16_000)
     with pytest.raises(MediaError, match="no sound of its own"):

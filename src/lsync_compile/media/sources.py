@@ -100,6 +100,7 @@ class SoundArray:
         sample_rate: samples per second.
 
     Raises:
+        MediaError: there is no sample.
         OptionError: another shape or type, or a rate that is none.
     """
 
@@ -114,6 +115,8 @@ class SoundArray:
             raise OptionError(f"sample_rate must be a positive whole number, not {sample_rate!r}")
         self._samples = given if given.ndim == 2 else given[None]
         self.sample_rate = sample_rate
+        if not given.numel():
+            raise MediaError(f"{self}: is empty; there is nothing to sync to")
 
     def __str__(self) -> str:
         return "sound in memory"
@@ -122,10 +125,8 @@ class SoundArray:
         """All channels mixed, (n,) float32 at another rate.
 
         Raises:
-            MediaError: there is no sample in it, or one that is no number.
+            MediaError: a sample is no finite number.
         """
-        if not self._samples.numel():
-            raise MediaError(f"{self}: is empty; there is nothing to sync to")
         mixed = self._samples.float().mean(dim=0).cpu().numpy()
         if not np.isfinite(mixed).all():
             raise MediaError(f"{self}: holds samples that are no finite numbers")
