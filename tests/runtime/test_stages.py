@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from lsync_compile.errors import OptionError
-from lsync_compile.runtime.stages import PipelineParallelProcessor, Stage, tensors_of
+from lsync_compile.runtime import waits
+from lsync_compile.runtime.stages import (
+    PipelineParallelProcessor,
+    Stage,
+    _GivenUpError,
+    _Turns,
+    tensors_of,
+)
 from lsync_compile.runtime.timeline import Timeline
 
 CPU = torch.device("cpu")
@@ -190,3 +197,109 @@ def test_the_timeline_has_all_work(parallel: bool, tmp_path: Path) -> None:
 def test_a_trace_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"\.json, \.png or \.svg"):
         Timeline().save(tmp_path / "trace.txt")
+
+
+class Unreadable:
+    """Fails as it is asked for its first item's place."""
+
+    def __iter__(self) -> Iterator[int]:
+        raise OSError("gone")
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_source_that_cannot_be_iterated_is_an_error_and_no_hang(parallel: bool) -> None:
+    with pytest.raises(OSError, match="gone"):
+        list(PipelineParallelProcessor(Unreadable(), [nap(0)], CPU, parallel=parallel))
+    assert lsync_threads() == []
+
+
+def test_too_many_threads_are_an_error_and_those_begun_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, begun = threading.Thread.start, []
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("lsync-") and len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start"):
+        list(PipelineParallelProcessor(range(5), [nap(0)] * 3, CPU, parallel=True))
+    assert lsync_threads() == []
+
+
+def test_giving_up_ends_a_stage_that_waits_for_its_turn() -> None:
+    """One works alone, another waits for its turn, the caller leaves."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(item: int) -> int:
+        if item == 1:
+            entered.set()
+            leave.wait(5)
+        return item
+
+    # Item 1 has a shape of its own: the first stage, with item 2, has to wait for the second.
+    stages = [Stage("first", abs, on_device=True), Stage("second", slow, on_device=True)]
+    running = iter(
+        PipelineParallelProcessor(
+            range(9), stages, CPU, parallel=True, shape=lambda item: item == 1
+        )
+    )
+    assert next(running) == 0
+    assert entered.wait(5)
+    threading.Timer(0.3, leave.set).start()
+    running.close()  # type: ignore[attr-defined]
+    assert lsync_threads() == []
+
+
+def test_a_turn_that_is_given_up_while_waiting_leaves_the_others_theirs() -> None:
+    turns, met = _Turns(), []
+
+    def give_up() -> None:
+        raise _GivenUpError
+
+    def nothing() -> None: ...
+
+    with turns.take(alone=False, meanwhile=nothing):
+        with pytest.raises(_GivenUpError), turns.take(alone=True, meanwhile=give_up):
+            met.append("alone")
+        with turns.take(alone=False, meanwhile=give_up):
+            met.append("beside")
+    with turns.take(alone=True, meanwhile=give_up):
+        met.append("alone")
+    assert met == ["beside", "alone"]
+
+
+def test_a_run_that_stands_still_says_who_waits_for_whom(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(waits, "LONG", 0.3)
+
+    def stuck(item: int) -> int:
+        time.sleep(0.8 if item == 1 else 0)
+        return item
+
+    stages = [nap(0), Stage("denoise", stuck, on_device=True), Stage("decode", abs)]
+    with caplog.at_level("INFO", "lsync_compile"):
+        list(PipelineParallelProcessor(range(8), stages, CPU, parallel=True))
+    lines = [record for record in caplog.records if "stands still" in record.message]
+    assert 1 <= len(lines) <= 3  # not one for each that waits
+    assert lines[0].levelname == "WARNING"
+    said = dict(part.split(" ", 1) for part in lines[0].message.split(": ", 1)[1].split("; "))
+    assert said["denoise"].startswith("works on item 1 (")
+    assert "stuck (test_stages.py:" in said["denoise"]
+    assert said["decode"].startswith("waits for denoise (")
+    assert said["nap"].startswith("waits for denoise to take an item (")
+    assert said["the"].startswith("caller waits for decode (")
+
+
+def test_waiting_for_what_is_compiled_is_no_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(waits, "LONG", 0.2)
+    compiling = Stage("denoise", lambda item: time.sleep(0.5), on_device=True)
+    with caplog.at_level("INFO", "lsync_compile"):
+        list(PipelineParallelProcessor(range(1), [compiling], CPU, parallel=True))
+    (line, *_) = [record for record in caplog.records if "stands still" in record.message]
+    assert line.levelname == "INFO"
+    assert "alone as its shape is new" in line.message

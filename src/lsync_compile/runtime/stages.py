@@ -5,6 +5,9 @@ their order, one chunk in one stage at a time, so whatever a stage does it does 
 as the serial run, and the results are the same bytes. On the device an event is handed on with
 each chunk: the next stage's stream waits for it, the host does not, and there is no device-wide
 synchronisation.
+
+No thread waits without end for another: each looks every tenth of a second whether the run has been
+given up, and a run that stands still says so (:mod:`lsync_compile.runtime.waits`).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import contextvars
 import queue
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -21,9 +25,11 @@ import torch
 from torch import Tensor
 
 from lsync_compile.runtime.timeline import Timeline
+from lsync_compile.runtime.waits import Watch
 
 _PATIENCE = 0.1  # seconds between looks at whether the run has been given up
 _END = object()
+_CALLER = "the caller"
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,15 @@ class Stage:
     name: str
     work: Callable[[Any], Any]
     on_device: bool = False
+
+
+@dataclass(frozen=True)
+class _Link:
+    """One end of a queue: who is there, and whom they wait for."""
+
+    queue: queue.Queue[Any]
+    who: str
+    whom: str
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,7 @@ class PipelineParallelProcessor:
         self._room = threading.Semaphore(in_flight)
         self._given_up = threading.Event()
         self._turns = _Turns()
+        self._watch = Watch()
         self._seen: set[tuple[str, Hashable]] = set()
 
     def __iter__(self) -> Iterator[Any]:
@@ -119,13 +135,15 @@ class PipelineParallelProcessor:
         queues: list[queue.Queue[Any]] = [queue.Queue(1) for _ in range(len(self._stages) + 1)]
         start = self._event()
         streams = [self._stream() if stage.on_device else None for stage in self._stages]
+        names = [self._reading, *(stage.name for stage in self._stages), _CALLER]
         jobs: list[tuple[str, Callable[[], None]]] = [
-            (self._reading, lambda: self._feed(queues[0]))
+            (self._reading, lambda: self._feed(_Link(queues[0], self._reading, names[1])))
         ]
-        for stage, stream, before, after in zip(
-            self._stages, streams, queues, queues[1:], strict=False
-        ):
+        for place, (stage, stream) in enumerate(zip(self._stages, streams, strict=True)):
+            before = _Link(queues[place], stage.name, names[place])
+            after = _Link(queues[place + 1], stage.name, names[place + 2])
             jobs.append((stage.name, _bind(self._pass_on, stage, stream, start, before, after)))
+        ending = _Link(queues[-1], _CALLER, names[-2])
         threads = [
             # Each thread sees the caller's context variables, in a copy of its own.
             threading.Thread(
@@ -133,20 +151,23 @@ class PipelineParallelProcessor:
             )
             for name, job in jobs
         ]
-        for thread in threads:
-            thread.start()
+        begun: list[threading.Thread] = []
         try:
-            while (passed := self._take(queues[-1])) is not _END:
+            for thread in threads:
+                thread.start()  # which fails where there are too many
+                begun.append(thread)
+            while (passed := self._take(ending)) is not _END:
                 if isinstance(passed, _Failure):
                     raise passed.error
-                _, item, event = passed
+                number, item, event = passed
                 self._arrive(item, event)
+                self._watch.does(_CALLER, f"has item {number}")
                 yield item
                 del item, passed
                 self._room.release()
         finally:
             self._given_up.set()
-            for thread in threads:
+            for thread in begun:
                 thread.join()
             if self._on_gpu:
                 here = torch.cuda.current_stream(self._device)
@@ -154,10 +175,10 @@ class PipelineParallelProcessor:
                     if stream is not None:
                         here.wait_stream(stream)
 
-    def _feed(self, after: queue.Queue[Any]) -> None:
+    def _feed(self, after: _Link) -> None:
         """Read items while there is room for them."""
-        source = iter(self._source)
         with self._reported(after):
+            source = iter(self._source)
             try:
                 self._wait_for_room()
                 for number, item in self._read(source):
@@ -170,17 +191,24 @@ class PipelineParallelProcessor:
                     close()
 
     def _wait_for_room(self) -> None:
+        self._watch.does(self._reading, "waits for room (all items that may exist do)")
         while not self._room.acquire(timeout=_PATIENCE):
-            if self._given_up.is_set():
-                raise _GivenUpError
+            self._look_up(self._reading)
+        self._watch.does(self._reading, "reads")
+
+    def _look_up(self, who: str) -> None:
+        """Called now and then by who waits."""
+        if self._given_up.is_set():
+            raise _GivenUpError
+        self._watch.look(who)
 
     def _pass_on(
         self,
         stage: Stage,
         stream: Any,
         start: Any,
-        before: queue.Queue[Any],
-        after: queue.Queue[Any],
+        before: _Link,
+        after: _Link,
     ) -> None:
         """Take items from one queue, work on them, put them into the next."""
         with self._reported(after), self._on(stream, start):
@@ -192,20 +220,28 @@ class PipelineParallelProcessor:
                 if stage.on_device:
                     self._arrive(item, event)
                 elif event is not None:
+                    self._watch.does(stage.name, f"waits for the device to be done with {number}")
                     event.synchronize()  # work on the host reads what the device has written
                 key = (stage.name, self._shape(item))
                 alone = stage.on_device and key not in self._seen
-                with (
-                    self._turns.take(alone=alone) if stage.on_device else contextlib.nullcontext(),
-                    self.timeline.span(stage.name, number, self._timed_on(stage)),
-                ):
-                    item = stage.work(item)
+                with self._turn(stage, alone=alone):
+                    what = f"works on item {number}" + ", alone as its shape is new" * alone
+                    self._watch.does(stage.name, what, may_take_long=alone)
+                    with self.timeline.span(stage.name, number, self._timed_on(stage)):
+                        item = stage.work(item)
                 self._seen.add(key)
                 self._put(after, (number, item, self._event() if stage.on_device else None))
                 del item, passed, event
 
+    def _turn(self, stage: Stage, *, alone: bool) -> AbstractContextManager[None]:
+        """The device stages' turn for one of them; others need none."""
+        if not stage.on_device:
+            return contextlib.nullcontext()
+        self._watch.does(stage.name, "waits for its turn on the device")
+        return self._turns.take(alone=alone, meanwhile=lambda: self._look_up(stage.name))
+
     @contextlib.contextmanager
-    def _reported(self, after: queue.Queue[Any]) -> Iterator[None]:
+    def _reported(self, after: _Link) -> Iterator[None]:
         """Hand the end, or the error that was it, to the next stage."""
         with contextlib.suppress(_GivenUpError):
             try:
@@ -217,18 +253,20 @@ class PipelineParallelProcessor:
             else:
                 self._put(after, _END)
 
-    def _put(self, into: queue.Queue[Any], value: Any) -> None:
-        while not self._given_up.is_set():
+    def _put(self, into: _Link, value: Any) -> None:
+        self._watch.does(into.who, f"waits for {into.whom} to take an item")
+        while True:
+            self._look_up(into.who)
             with contextlib.suppress(queue.Full):
-                into.put(value, timeout=_PATIENCE)
+                into.queue.put(value, timeout=_PATIENCE)
                 return
-        raise _GivenUpError
 
-    def _take(self, source: queue.Queue[Any]) -> Any:
-        while not self._given_up.is_set():
+    def _take(self, source: _Link) -> Any:
+        self._watch.does(source.who, f"waits for {source.whom}")
+        while True:
+            self._look_up(source.who)
             with contextlib.suppress(queue.Empty):
-                return source.get(timeout=_PATIENCE)
-        raise _GivenUpError
+                return source.queue.get(timeout=_PATIENCE)
 
     @property
     def _on_gpu(self) -> bool:
@@ -293,22 +331,26 @@ class _Turns:
         self._waiting = 0  # to be alone; no one else begins meanwhile
 
     @contextlib.contextmanager
-    def take(self, *, alone: bool) -> Iterator[None]:
-        with self._changed:
-            if alone:
-                self._waiting += 1
-                self._changed.wait_for(lambda: self._users == 0)
-                # Still counted as waiting, which keeps the others out until it is done.
-            else:
-                self._changed.wait_for(lambda: self._waiting == 0)
-            self._users += 1
+    def take(self, *, alone: bool, meanwhile: Callable[[], None]) -> Iterator[None]:
+        """Have a turn for the block; ``meanwhile`` is called while waiting, and may raise."""
+        used = False
         try:
+            with self._changed:
+                # To be alone it counts as waiting until it is done, which keeps the others out.
+                self._waiting += alone
+                while not self._changed.wait_for(lambda: self._free(alone), _PATIENCE):
+                    meanwhile()
+                self._users += 1
+                used = True
             yield
         finally:
             with self._changed:
-                self._users -= 1
+                self._users -= used
                 self._waiting -= alone
                 self._changed.notify_all()
+
+    def _free(self, alone: bool) -> bool:
+        return self._users == 0 if alone else self._waiting == 0
 
 
 def _bind(function: Callable[..., None], *arguments: Any) -> Callable[[], None]:
