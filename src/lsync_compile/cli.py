@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,13 +12,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lsync_compile import __version__
+from lsync_compile.bars import one_bar
 from lsync_compile.bench.cli import bench
-from lsync_compile.devices import DType, choose_device, choose_dtype, peak_device_mib
-from lsync_compile.errors import Interrupted, LsyncError, OptionError
-from lsync_compile.progress import WORTH_SAYING, Compiling, listening
+from lsync_compile.devices import DType, choose_device, choose_dtype
+from lsync_compile.errors import LsyncError, OptionError
 from lsync_compile.quality.calibrate_cli import calibrate
 from lsync_compile.quality.cli import quality
 from lsync_compile.runtime.cache_cli import cache
@@ -163,6 +161,12 @@ def sync(
     ] = MissingFace.keep,
     detector: Annotated[Detector, typer.Option(help="Finds the face.")] = Detector.mtcnn,
     device: Device = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="With --jobs: cuda:0,cuda:1 or cpu,cpu, a worker each; auto (default): all GPUs."
+        ),
+    ] = None,
     dtype: NumberFormat = None,
     clip_cache: Annotated[
         bool,
@@ -180,10 +184,9 @@ def sync(
     quiet: Quiet = False,
 ) -> None:
     """Sync the mouth in VIDEO to AUDIO."""
-    import torch
-
-    import lsync_compile
-    from lsync_compile.jobs import ListedJob, read_jobs, run_jobs, summarise, tell_outcome
+    from lsync_compile.jobs.command import load, sync_list
+    from lsync_compile.jobs.listing import ListedJob
+    from lsync_compile.jobs.settings import SyncSettings
     from lsync_compile.runtime.timeline import check_trace_path
     from lsync_compile.tune.configuration import read_configuration
 
@@ -191,68 +194,60 @@ def sync(
         check_trace_path(trace)
     if (video is None) == (jobs is None):
         raise OptionError("give VIDEO or --jobs LIST.csv, one of the two")
+    if jobs is None and devices is not None:
+        raise OptionError("--devices spreads the clips of --jobs; for one clip use --device")
     if config is not None and preset is not None:
         raise OptionError("give --preset or --config, one of the two")
-    preset_options: dict[str, Any] = {"preset": (preset or Preset.balanced).value}
-    chosen_options = preset_options if config is None else read_configuration(config)
-    listed = read_jobs(jobs) if jobs is not None else []
-    place = choose_device(device)
-    console = Console(stderr=True, quiet=quiet or as_json)
-    with console.status(f"Loading {checkpoint} on {place} …"):
-        pipe: Any = lsync_compile.LatentSyncPipeline.from_pretrained(
-            checkpoint,
-            torch_dtype=choose_dtype(dtype, place),
-            device=place,
-            detector=detector.value,
-            resolution=resolution,
-        )
+    options: dict[str, Any] | None = None
     if compiled:
+        base = {"preset": (preset or Preset.balanced).value}
         given: dict[str, Any] = {
+            "lowering": lowering.value if lowering else None,
             "strict": strict or None,
             "clip_cache": clip_cache or None,
             "trace": trace,
         }
-        chosen_options.update((name, value) for name, value in given.items() if value is not None)
-        # Inductor's C++ takes minutes on a CPU, more than it saves on one clip.
-        usual = "inductor" if place.type == "cuda" else "eager"
-        named = lowering.value if lowering else chosen_options.get("lowering", usual)
-        pipe = torch.compile(pipe, backend="lsync", options={**chosen_options, "lowering": named})
+        options = base if config is None else read_configuration(config)
+        options.update((name, value) for name, value in given.items() if value is not None)
     elif lowering is not None or strict or clip_cache or trace is not None or config is not None:
         raise OptionError(
             "--no-compile leaves nothing for --config, --lowering, --strict, --clip-cache or "
             "--trace to act on"
         )
-
-    def run(job: ListedJob) -> Any:
-        with _progress(console, f"Syncing {job.output.name}") as advance:
-            return pipe(
-                video_path=job.video,
-                audio_path=job.audio,
-                video_out_path=job.output,
-                num_frames=num_frames,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                mask_image_path=mask,
-                generator=torch.Generator(place).manual_seed(seed),
-                on_missing_face=on_missing_face.value,
-                max_frames=max_frames,
-                progress=advance,
-            )
-
-    if video is None:
-        outcomes = run_jobs(listed, run, redo=redo, tell=lambda each: tell_outcome(console, each))
-        summarise(outcomes, pipe.lsync.report() if compiled else None, report, as_json, quiet)
+    settings = SyncSettings(
+        checkpoint=checkpoint,
+        resolution=resolution,
+        detector=detector.value,
+        dtype=dtype,
+        options=options,
+        seed=seed,
+        arguments={
+            "num_frames": num_frames,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "mask_image_path": mask,
+            "on_missing_face": on_missing_face.value,
+            "max_frames": max_frames,
+        },
+    )
+    if jobs is not None:
+        sync_list(
+            jobs, settings, device=device, devices=devices, redo=redo, report=report,
+            as_json=as_json, quiet=quiet,
+        )  # fmt: skip
         return
-    result = run(ListedJob(0, video, audio, output))
+    assert video is not None
+    console = Console(stderr=True, quiet=quiet or as_json)
+    syncer = load(settings, device, console)
+    with one_bar(console, f"Syncing {output.name}") as advance:
+        result = syncer(ListedJob(0, video, audio, output), advance)
     summary = {
         "output": str(output),
         "frames": result.num_frames,
         "frames_without_face": result.missing_faces,
         "seconds": round(result.seconds, 3),
         "frames_per_second": round(result.num_frames / result.seconds, 3),
-        "device": str(place),
-        "peak_device_mib": peak_device_mib(place),
-        "report": pipe.lsync.report().to_dict() if compiled else None,
+        **syncer.about(),
     }
     if report is not None:
         report.write_text(json.dumps(summary, indent=2) + "\n")
@@ -260,7 +255,7 @@ def sync(
         typer.echo(json.dumps(summary, indent=2))
     elif not quiet:
         if compiled:
-            console.print(str(pipe.lsync.report()))
+            console.print(str(syncer.report()))
         missing = f", {result.missing_faces} without a face" if result.missing_faces else ""
         typer.echo(
             f"{output}: {result.num_frames} frames{missing} in {result.seconds:.1f} s "
@@ -334,35 +329,14 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-@contextmanager
-def _progress(console: Console, label: str) -> Iterator[Any]:
-    """A bar with the time left; yields ``advance(done, total)``. Ctrl-C becomes Interrupted."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=console.quiet,
-    ) as bar:
-        task = bar.add_task(label, total=None)
-
-        def tell(compiling: Compiling, seconds: float | None) -> None:
-            waiting = seconds is None and compiling.typical_seconds >= WORTH_SAYING
-            news = f"Compiling {compiling.name}, typically {compiling.typically} the first time"
-            bar.update(task, description=news if waiting else label)
-
-        try:
-            with listening(tell):
-                yield lambda done, total: bar.update(task, completed=done, total=total)
-        except KeyboardInterrupt as error:
-            raise Interrupted("interrupted; no output was written") from error
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point: errors become one line on standard error and an exit code."""
+    # What a batch system or a container says when time is up: as Ctrl-C, nothing half is left.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except LsyncError as error:

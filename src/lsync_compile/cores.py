@@ -96,16 +96,19 @@ def codec_threads() -> int:
     return 0 if cores == _by_affinity() else cores
 
 
-def fit_threads() -> None:
+def fit_threads(processes: int = 1) -> None:
     """Have torch and OpenCV use no more threads than there are cores for this process.
 
     Both count the machine's cores where nothing else is said. For programs: a library leaves such
     settings to the program it is part of. ``OMP_NUM_THREADS`` stands as it is.
+
+    Args:
+        processes: which share the cores.
     """
     import cv2
     import torch
 
-    cores = usable_cores()
+    cores = max(1, usable_cores() // processes)
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
         torch.set_num_threads(cores)
     if cv2.getNumThreads() > cores:

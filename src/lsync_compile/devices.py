@@ -31,7 +31,29 @@ def choose_device(name: str | None) -> Any:
         raise OptionError(f"--device {name}: no such device; use cuda, cuda:N or cpu") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise OptionError(f"--device {name}: the last GPU here is cuda:{count - 1}")
     return device
+
+
+def choose_devices(names: str | None) -> list[str]:
+    """The names in ``--devices``, one a worker.
+
+    Args:
+        names: separated by commas, each as for :func:`choose_device`; the same one may come again.
+            "auto" and None are all GPUs, or else the CPU.
+
+    Raises:
+        OptionError: one is no device of this machine.
+    """
+    import torch
+
+    if names is None or names.strip() == "auto":
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    given = [name.strip() for name in names.split(",")]
+    if not all(given):
+        raise OptionError(f"--devices {names}: expected auto or names such as cuda:0,cuda:1")
+    return [str(choose_device(name)) for name in given]
 
 
 def choose_dtype(dtype: DType | None, device: Any) -> Any:

@@ -59,6 +59,13 @@ def typical_seconds(lowering: str, device: str, operations: int) -> float:
     return operations * SECONDS_AN_OPERATION.get(device, SECONDS_AN_OPERATION["cuda"])
 
 
+def waiting_words(compiling: Compiling, seconds: float | None) -> str:
+    """What a display says while someone waits; empty where the wait is short or over."""
+    if seconds is not None or compiling.typical_seconds < WORTH_SAYING:
+        return ""
+    return f"compiling {compiling.name}, typically {compiling.typically} the first time"
+
+
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Take the news of this block, also of short waits; nothing is printed then."""

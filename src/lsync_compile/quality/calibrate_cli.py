@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from lsync_compile.bars import progress_bars
+
 
 class Predictor(str, Enum):
     """What stands for deep features that are not computed."""
@@ -56,7 +58,7 @@ def calibrate(
     """
     from lsync_compile.devices import choose_device
     from lsync_compile.quality.calibrate import calibrate as find
-    from lsync_compile.quality.cli import load_pipeline, progress_bars
+    from lsync_compile.quality.cli import load_pipeline
     from lsync_compile.quality.compare import Clip
     from lsync_compile.runtime.calibration import save_calibration
 

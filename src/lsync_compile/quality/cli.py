@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lsync_compile.bars import progress_bars
 from lsync_compile.errors import OptionError
 from lsync_compile.options import resolve_options
 
@@ -194,24 +192,3 @@ def _summary(study: Study, verdicts: list[Verdict], html: Path | None) -> dict[s
         "verdicts": [verdict.to_dict() for verdict in verdicts],
         "html": None if html is None else str(html),
     }
-
-
-@contextmanager
-def progress_bars(console: Console) -> Iterator[Any]:
-    """A bar for each run, with the time left; yields ``bar(name) -> advance(done, total)``."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=console.quiet,
-    ) as progress:
-
-        def bar(name: str) -> Any:
-            task = progress.add_task(name, total=None)
-            return lambda done, total: progress.update(task, completed=done, total=total)
-
-        yield bar

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lsync_compile.bars import progress_bars
 from lsync_compile.errors import MediaError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def tune(
     good for this clip's kind, this checkpoint and this machine; `guard_every` watches it on others.
     """
     from lsync_compile.devices import choose_device
-    from lsync_compile.quality.cli import load_pipeline, progress_bars
+    from lsync_compile.quality.cli import load_pipeline
     from lsync_compile.quality.compare import Clip, describe_machine
     from lsync_compile.tune.configuration import write_configuration
     from lsync_compile.tune.measuring import Bench

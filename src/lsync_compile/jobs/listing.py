@@ -1,34 +1,29 @@
-"""Many clips with one set of loaded models: ``lsync sync --jobs list.csv``.
-
-The list is a CSV file with the columns ``video``, ``audio`` (empty for the clip's own sound) and
-``output``; relative paths are from the list's folder. A clip that fails is reported and the next
-one begins. An output that exists is finished, since outputs appear whole or not at all; such clips
-are skipped, so an interrupted list goes on where it was.
-"""
+"""Lists of clips: what ``lsync sync --jobs`` reads, and what became of each line."""
 
 from __future__ import annotations
 
 import csv
-import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import typer
-from rich.console import Console
-from rich.markup import escape
-
 from lsync_compile.errors import Interrupted, LsyncError, MediaError, OptionError
-from lsync_compile.report import Report
 
 _COLUMNS = ("video", "audio", "output")
 
 
 @dataclass(frozen=True)
 class ListedJob:
-    """One line of a list."""
+    """One line of a list.
+
+    Attributes:
+        line: its number in the file, from 1.
+        video: the clip.
+        audio: the speech; None for the clip's own sound.
+        output: the file to write.
+    """
 
     line: int
     video: Path
@@ -38,7 +33,19 @@ class ListedJob:
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What became of a line: "done", "skipped" because its output exists, or "failed"."""
+    """What became of a line.
+
+    Attributes:
+        line: its number in the file.
+        output: the file that was to be written.
+        state: "done", "skipped" because the output existed, or "failed".
+        frames: written.
+        frames_without_face: of these, passed through unchanged.
+        seconds: wall time, from the first read to the finished file or the error.
+        error: why it failed, in one line.
+        device: where it was done.
+        attempts: how often it was begun; 2 where the first worker died of it.
+    """
 
     line: int
     output: str
@@ -47,10 +54,14 @@ class JobOutcome:
     frames_without_face: int = 0
     seconds: float = 0.0
     error: str = ""
+    device: str = ""
+    attempts: int = 1
 
 
 def read_jobs(path: Path) -> list[ListedJob]:
-    """The jobs of a list.
+    """The jobs of a CSV file with the columns ``video``, ``audio`` and ``output``.
+
+    ``audio`` is empty for a clip's own sound. Relative paths are from the file's folder.
 
     Raises:
         MediaError: it cannot be read.
@@ -91,14 +102,16 @@ def run_jobs(
     sync: Callable[[ListedJob], Any],
     *,
     redo: bool = False,
+    device: str = "",
     tell: Callable[[JobOutcome], None] = lambda outcome: None,
 ) -> list[JobOutcome]:
-    """Do the jobs one after the other.
+    """Do jobs one after the other in this process.
 
     Args:
         jobs: from :func:`read_jobs`.
         sync: does one, and returns a ``LipsyncOutput``.
         redo: also those whose output exists.
+        device: for the outcomes.
         tell: called with each outcome as it is known.
 
     Raises:
@@ -106,23 +119,38 @@ def run_jobs(
     """
     outcomes = []
     for job in jobs:
-        outcome = _outcome(job, sync, redo)
+        outcome = do_job(job, sync, redo=redo, device=device)
         outcomes.append(outcome)
         tell(outcome)
     return outcomes
 
 
-def _outcome(job: ListedJob, sync: Callable[[ListedJob], Any], redo: bool) -> JobOutcome:
+def do_job(
+    job: ListedJob,
+    sync: Callable[[ListedJob], Any],
+    *,
+    redo: bool = False,
+    device: str = "",
+    attempts: int = 1,
+) -> JobOutcome:
+    """Do one job, unless its output exists; an error of the clip's is an outcome too.
+
+    An output that exists is finished, since outputs appear whole or not at all.
+
+    Raises:
+        Interrupted: see :func:`run_jobs`.
+    """
     if job.output.exists() and not redo:
         return JobOutcome(job.line, str(job.output), "skipped")
     begin = time.perf_counter()
+    where: dict[str, Any] = {"device": device, "attempts": attempts}
     try:
         result = sync(job)
     except Interrupted:
         raise
     except LsyncError as error:
-        seconds = round(time.perf_counter() - begin, 3)
-        return JobOutcome(job.line, str(job.output), "failed", seconds=seconds, error=str(error))
+        where.update(seconds=round(time.perf_counter() - begin, 3), error=str(error))
+        return JobOutcome(job.line, str(job.output), "failed", **where)
     return JobOutcome(
         job.line,
         str(job.output),
@@ -130,43 +158,5 @@ def _outcome(job: ListedJob, sync: Callable[[ListedJob], Any], redo: bool) -> Jo
         frames=result.num_frames,
         frames_without_face=result.missing_faces,
         seconds=round(result.seconds, 3),
+        **where,
     )
-
-
-def tell_outcome(console: Console, outcome: JobOutcome) -> None:
-    """Print one line."""
-    said = outcome.error or f"{outcome.frames} frames in {outcome.seconds:.1f} s"
-    detail = "" if outcome.state == "skipped" else f" ({said})"
-    console.print(escape(f"{outcome.output}: {outcome.state}{detail}"))
-
-
-def summarise(
-    outcomes: list[JobOutcome], done: Report | None, report: Path | None, as_json: bool, quiet: bool
-) -> None:
-    """Say what became of a list.
-
-    Args:
-        outcomes: of its lines.
-        done: the report of the compiled pipeline, None for a plain one.
-        report: file for it all as JSON.
-        as_json: print that too.
-        quiet: print nothing.
-
-    Raises:
-        typer.Exit: with code 1, where a clip failed.
-    """
-    states = [outcome.state for outcome in outcomes]
-    summary = {
-        "jobs": [asdict(outcome) for outcome in outcomes],
-        **{state: states.count(state) for state in ("done", "skipped", "failed")},
-        "report": None if done is None else done.to_dict(),
-    }
-    if report is not None:
-        report.write_text(json.dumps(summary, indent=2) + "\n")
-    if as_json:
-        typer.echo(json.dumps(summary, indent=2))
-    elif not quiet:
-        counts = (f"{states.count(state)} {state}" for state in ("done", "skipped", "failed"))
-        typer.echo(f"{len(states)} clips: {', '.join(counts)}")
-    if "failed" in states:
-        raise typer.Exit(1)

@@ -11,7 +11,7 @@ import pytest
 
 from lsync_compile import cli
 from lsync_compile.errors import Interrupted, MediaError, OptionError
-from lsync_compile.jobs import ListedJob, read_jobs, run_jobs
+from lsync_compile.jobs.listing import ListedJob, read_jobs, run_jobs
 from lsync_compile.models.job import LipsyncOutput
 from lsync_compile.models.pipeline import LatentSyncPipeline
 

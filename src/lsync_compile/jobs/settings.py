@@ -1,0 +1,121 @@
+"""How clips are synced, as plain values that travel to other processes and machines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lsync_compile.cores import fit_threads
+from lsync_compile.devices import DType, choose_device, choose_dtype, peak_device_mib
+from lsync_compile.jobs.listing import ListedJob
+
+if TYPE_CHECKING:
+    from lsync_compile.models.job import LipsyncOutput
+
+Advance = Callable[[int, int], None]  # called with the denoising steps done and their total
+
+
+@dataclass(frozen=True)
+class SyncSettings:
+    """Which models, which options, which arguments: the same for all clips of a list.
+
+    Attributes:
+        checkpoint: "mini" or the folder of a LatentSync checkpoint.
+        resolution: side of the face in pixels, for folders in which nothing says so.
+        detector: "mtcnn" or "insightface".
+        dtype: of the UNet and the VAE; None is float16 on a GPU and float32 on a CPU.
+        options: of ``torch.compile(pipe, backend="lsync")``; None runs the plain pipeline. Without
+            a lowering among them it is inductor on a GPU and eager on a CPU.
+        seed: of all random draws of each clip, so that a clip does not depend on the others.
+        arguments: further ones of the pipeline's call, such as ``num_inference_steps``.
+    """
+
+    checkpoint: str = "mini"
+    resolution: int | None = None
+    detector: str = "mtcnn"
+    dtype: DType | None = None
+    options: Mapping[str, Any] | None = field(default_factory=dict)
+    seed: int = 1247
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, device: str | None = None) -> Syncer:
+        """Load the models onto a device, the first GPU or else the CPU for None.
+
+        Raises:
+            CheckpointError, OptionError: what cannot be loaded, or not with these options.
+        """
+        import torch
+
+        import lsync_compile
+
+        place = choose_device(device)
+        pipe: Any = lsync_compile.LatentSyncPipeline.from_pretrained(
+            self.checkpoint,
+            torch_dtype=choose_dtype(self.dtype, place),
+            device=place,
+            detector=self.detector,
+            resolution=self.resolution,
+        )
+        if self.options is not None:
+            # Inductor's C++ takes minutes on a CPU, more than it saves on one clip.
+            usual = "inductor" if place.type == "cuda" else "eager"
+            options = {"lowering": usual, **self.options}
+            pipe = torch.compile(pipe, backend="lsync", options=options)
+        return Syncer(self, pipe, place)
+
+    def prepare(self, device: str, workers: int) -> Syncer:
+        """:meth:`load`, in one of several processes that share the machine's cores."""
+        fit_threads(workers)
+        return self.load(device)
+
+
+class Syncer:
+    """Loaded models that sync one clip after the other; made by :meth:`SyncSettings.load`.
+
+    Attributes:
+        settings: how.
+        pipeline: plain or compiled.
+        device: the torch device of the models.
+    """
+
+    def __init__(self, settings: SyncSettings, pipeline: Any, device: Any) -> None:
+        self.settings = settings
+        self.pipeline = pipeline
+        self.device = device
+
+    def __call__(self, job: ListedJob, advance: Advance | None = None) -> LipsyncOutput:
+        """Sync a clip and write its output.
+
+        Args:
+            job: what to read and to write.
+            advance: told of the progress instead of a bar on the terminal.
+
+        Raises:
+            LsyncError: whatever the pipeline raises; nothing is written then.
+        """
+        import torch
+
+        settings = self.settings
+        result: LipsyncOutput = self.pipeline(
+            video_path=job.video,
+            audio_path=job.audio,
+            video_out_path=job.output,
+            generator=torch.Generator(self.device).manual_seed(settings.seed),
+            progress=advance,
+            **settings.arguments,
+        )
+        return result
+
+    def report(self) -> Any:
+        """The :class:`lsync_compile.report.Report` of a compiled pipeline, None of a plain one."""
+        return None if self.settings.options is None else self.pipeline.lsync.report()
+
+    def about(self) -> dict[str, Any]:
+        """Device, peak device memory so far in MiB and the report, as plain values for JSON."""
+        report = self.report()
+        return {
+            "device": str(self.device),
+            "peak_device_mib": peak_device_mib(self.device),
+            "report": None if report is None else report.to_dict(),
+        }
