@@ -214,6 +214,8 @@ class GraphCompiler:
             if wanted(options_of(self.session), self.target):
                 mark_joins(gm.graph)
             manager = PassManager(options_of(self.session))
+            for problem in manager.problems:
+                self.session.note(problem)
             record.passes = manager.run(
                 gm, self.target, record.name, self.terms.vouched, self.terms.region
             )
@@ -223,11 +225,18 @@ class GraphCompiler:
         record.nodes_out = len(gm.graph.nodes)
         for done in record.passes:
             log.debug("%s: pass %s", record.name, format_pass(done))
+            if done.outcome == "failed":
+                text = f"pass {done.name!r} of {done.distribution} failed: {done.reason}"
+                if self.session.note(f"{text}; the graph is as without it"):
+                    log.warning("%s; update it, or switch it off with %s=False", text, done.name)
 
     def _fall_back(
         self, untouched: GraphModule, record: GraphRecord, failure: Failure
     ) -> GraphFunction:
         cause = f"{failure.stage}: {type(failure.error).__name__}: {_first_line(failure.error)}"
+        others = [f"{p.name!r} of {p.distribution}" for p in record.passes if p.distribution]
+        if others:
+            cause += f" (it went through {', '.join(others)}; plugins=False leaves them out)"
         if options_of(self.session).strict:
             raise CompileError(f"graph {record.name}: {cause}") from failure.error
         record.lowering, record.fallback = "eager", cause

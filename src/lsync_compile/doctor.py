@@ -34,6 +34,7 @@ def examine() -> list[Finding]:
         _devices,
         _codecs,
         _extras,
+        _plugins,
         _model,
         _backend,
     )
@@ -111,6 +112,15 @@ def _extras() -> Iterator[Finding]:
             yield Finding(
                 f"extra {extra}", "warning", f'not installed; pip install "lsync-compile[{extra}]"'
             )
+
+
+def _plugins() -> Iterator[Finding]:
+    from lsync_compile.entry_points import entered
+    from lsync_compile.passes.plugins import load
+
+    for plugin in map(load, entered()):
+        state = "warning" if plugin.problem else "ok"
+        yield Finding(f"pass {plugin.name}", state, plugin.problem or f"of {plugin.distribution}")
 
 
 def _model() -> Iterator[Finding]:

@@ -222,6 +222,14 @@ class GraphOptions:
             "in `torch._inductor.list_options()`."
         ),
     )
+    plugins: Mapping[str, bool] | bool = field(
+        default_factory=dict,
+        hash=False,
+        metadata=about(
+            "Passes of other installed distributions, such as `{'reshape_once': False}`, which "
+            "`reshape_once=False` says too; those that keep the bits are on. `False` loads none."
+        ),
+    )
     dump_dir: Path | None = field(
         default=None,
         metadata=about(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from lsync_compile.entry_points import entered
 from lsync_compile.errors import OptionError
 
 PATHS = frozenset({"dump_dir", "trace"})  # options that are files or folders
@@ -50,6 +51,8 @@ def check(
         return None if value is None else Path(value)
     if name == "inductor":
         return _check_inductor(value)
+    if name == "plugins":
+        return _check_plugins(value)
     if name == "deep_cache_steps":
         return _check_steps(name, value)
     if not isinstance(value, bool):
@@ -76,6 +79,23 @@ def _check_steps(name: str, value: Any) -> tuple[int, ...] | None:
     if any(each < 0 for each in value):
         raise OptionError(f"option {name}={value!r}: steps are counted from 0")
     return tuple(sorted({0, *value}))
+
+
+def _check_plugins(value: Any) -> dict[str, bool] | Literal[False]:
+    """Switches by name; True is the same as none."""
+    if isinstance(value, bool):
+        return {} if value else False
+    if not isinstance(value, Mapping):
+        raise OptionError(f"option plugins={value!r} must be True, False or a mapping of passes")
+    for name, switch in value.items():
+        if name not in entered():
+            hint = nearest(str(name), entered())
+            raise OptionError(
+                f"option plugins: no installed distribution has a pass {name!r}{hint}"
+            )
+        if not isinstance(switch, bool):
+            raise OptionError(f"option {name}={switch!r} must be True or False")
+    return dict(value)
 
 
 def _check_inductor(value: Any) -> dict[str, Any]:

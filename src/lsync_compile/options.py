@@ -18,6 +18,7 @@ from lsync_compile.combinations import (
     LatentSyncSpeedOptimizer,
     check_combination,
 )
+from lsync_compile.entry_points import entered
 from lsync_compile.errors import OptionError
 from lsync_compile.graph_options import GraphOptions
 from lsync_compile.option_checks import PATHS, check, listed
@@ -50,6 +51,7 @@ class Options(RunOptions, GraphOptions):
         """Plain values that ``json`` can write."""
         values = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         values["inductor"] = dict(self.inductor)
+        values["plugins"] = dict(self.plugins) if isinstance(self.plugins, Mapping) else False
         for name in PATHS:
             values[name] = None if values[name] is None else str(values[name])
         return values
@@ -84,7 +86,7 @@ def resolve_options(
     Args:
         mode: a preset's name (``torch.compile(..., mode="turbo")``); ``"default"`` counts as none.
         options: option names to values; ``None`` as a value means the preset's default. Not
-            changed.
+            changed. The name of an installed pass of another distribution switches it.
         default_preset: the preset where none is named.
         **more: as ``options``; a name given in both must have one value.
 
@@ -94,14 +96,19 @@ def resolve_options(
     if options is not None and not isinstance(options, Mapping):
         raise OptionError(f"options must be a mapping of names, got {type(options).__name__}")
     given: dict[str, Any] = {}
+    switches: dict[str, Any] = {}
     for name, value in [*(options or {}).items(), *more.items()]:
-        if name not in OPTION_NAMES:
-            raise OptionError(f"unknown option {name!r}{nearest(str(name), OPTION_NAMES)}")
+        if name not in OPTION_NAMES and name not in entered():
+            known = [*OPTION_NAMES, *entered()]
+            raise OptionError(f"unknown option {name!r}{nearest(str(name), known)}")
         if value is None:
             continue
-        if name in given and given[name] != value:
-            raise OptionError(f"option {name} is given twice: {given[name]!r} and {value!r}")
-        given[name] = value
+        place = given if name in OPTION_NAMES else switches
+        if name in place and place[name] != value:
+            raise OptionError(f"option {name} is given twice: {place[name]!r} and {value!r}")
+        place[name] = value
+    if switches:
+        given["plugins"] = _with_switches(given.get("plugins", {}), switches)
     if mode is not None and mode != "default":
         if mode not in PRESETS:
             hint = nearest(str(mode), PRESETS)
@@ -112,6 +119,18 @@ def resolve_options(
     return LatentSyncSpeedOptimizer(PRESETS[preset], given).combine(
         functools.partial(Options, preset=preset)
     )
+
+
+def _with_switches(plugins: Any, switches: Mapping[str, Any]) -> Any:
+    """The value of ``plugins`` with switches that were given as options of their own."""
+    if plugins is True:
+        plugins = {}
+    if not isinstance(plugins, Mapping):
+        raise OptionError(f"option plugins={plugins!r} contradicts the option {min(switches)}")
+    for name, value in switches.items():
+        if plugins.get(name, value) != value:
+            raise OptionError(f"option {name} is given twice: {plugins[name]!r} and {value!r}")
+    return {**plugins, **switches}
 
 
 def left_out(options: Options) -> list[str]:
@@ -149,6 +168,8 @@ def _kind(name: str, between: tuple[float, float] | None) -> str:
         return f"{between[0]} to {between[1]}"
     if name == "inductor":
         return "mapping"
+    if name == "plugins":
+        return "mapping, `True`, `False`"
     if name == "deep_cache_steps":
         return "steps"
     return "path" if name in PATHS else "`True`, `False`"

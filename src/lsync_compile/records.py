@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["first", "variant", "recompile"]
-Outcome = Literal["applied", "no match", "off", "not for this graph", "vetoed"]
+Outcome = Literal["applied", "no match", "off", "not for this graph", "vetoed", "failed"]
 
 
 @dataclass
@@ -16,8 +16,9 @@ class PassRecord:
     Attributes:
         outcome: "applied" where it rewrote something; else why it did not.
         matches: places that it rewrote.
-        reason: the option or the veto that kept it from running.
+        reason: the option or the veto that kept it from running, or how it failed.
         seconds: wall time of matching and rewriting.
+        distribution: whose pass it is, with the version; empty for the package's own.
     """
 
     name: str
@@ -28,6 +29,7 @@ class PassRecord:
     nodes_after: int = 0
     seconds: float = 0.0
     reason: str = ""
+    distribution: str = ""
 
 
 @dataclass

@@ -249,14 +249,15 @@ def format_report(report: Report) -> str:
 
 def format_pass(record: PassRecord) -> str:
     """One line: what a pass did, or why it did nothing."""
+    name = f"{record.name} ({record.distribution})" if record.distribution else record.name
     if record.outcome == "applied":
         return (
-            f"{record.name}: {_count(record.matches, 'match', 'matches')}, nodes "
+            f"{name}: {_count(record.matches, 'match', 'matches')}, nodes "
             f"{record.nodes_before} -> {record.nodes_after}, {1000 * record.seconds:.0f} ms"
         )
     if record.outcome == "no match":
-        return f"{record.name}: no match, {1000 * record.seconds:.0f} ms"
-    return f"{record.name}: {record.outcome} ({record.reason})"
+        return f"{name}: no match, {1000 * record.seconds:.0f} ms"
+    return f"{name}: {record.outcome} ({record.reason})"
 
 
 def format_capture(record: CaptureRecord) -> str:

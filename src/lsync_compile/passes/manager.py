@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from lsync_compile.graph.copying import copy_graph
 from lsync_compile.graph.results import restore_strides, result_strides
 from lsync_compile.options import Options
+from lsync_compile.passes import plugins
 from lsync_compile.passes.spec import Pass, PassContext, registered, source_uuid
 from lsync_compile.report import PassRecord
 from lsync_compile.runtime.region import MouthRegion
@@ -60,14 +62,19 @@ class PassManager:
 
     Args:
         options: switches passes and says where dumps go.
-        classes: the passes; all registered ones by default.
+        classes: the passes; all registered ones and those of other distributions by default.
+
+    Raises:
+        PluginError: a pass of another distribution cannot be used, and ``strict`` is set.
     """
 
     def __init__(self, options: Options, classes: Iterable[type[Pass]] | None = None) -> None:
         self.options = options
-        self.passes = [
-            cls() for cls in ordered(registered().values() if classes is None else classes)
-        ]
+        if classes is None:
+            self._selection = plugins.select(options, ordered(registered().values()))
+        else:
+            self._selection = plugins.Selection(ordered(classes))
+        self.passes = [cls() for cls in self._selection.order]
 
     def uuid(self) -> str:
         """Key of what these passes do: sources of all they use, order, options, torch's version.
@@ -77,8 +84,15 @@ class PassManager:
         digest = hashlib.sha256(torch.__version__.encode())
         digest.update(json.dumps(self.options.to_dict(), sort_keys=True, default=repr).encode())
         for each in self.passes:
-            digest.update(f"{each.spec.name}:{source_uuid(type(each))}".encode())
+            plugin = self._selection.plugins.get(each.spec.name)
+            key = source_uuid(type(each)) if plugin is None else plugin.uuid
+            digest.update(f"{each.spec.name}:{key}".encode())
         return digest.hexdigest()
+
+    @property
+    def problems(self) -> list[str]:
+        """A line for each pass of another distribution that cannot be used."""
+        return [plugin.problem for plugin in self._selection.broken]
 
     def run(
         self,
@@ -99,6 +113,7 @@ class PassManager:
 
         Raises:
             PassError: where a pass left a broken graph.
+            PluginError: where one of another distribution failed, and ``strict`` is set.
         """
         context = PassContext(self.options, target, vouched, region)
         strides = result_strides(gm.graph)
@@ -107,6 +122,9 @@ class PassManager:
         ]
         if restore_strides(gm.graph, strides):
             gm.recompile()
+        for off in self._selection.skipped:
+            reason, whose = f"option {off.name}", off.distribution
+            records.append(PassRecord(off.name, "", "off", reason=reason, distribution=whose))
         return records
 
     def _run_one(
@@ -117,17 +135,63 @@ class PassManager:
         record = PassRecord(
             spec.name, spec.phase.name.lower(), "no match", nodes_before=nodes, nodes_after=nodes
         )
-        if not getattr(self.options, spec.option):
+        plugin = self._selection.plugins.get(spec.name)
+        if plugin is None:
+            on = getattr(self.options, spec.option)
+        else:
+            on, record.distribution = plugins.switched_on(self.options, spec), plugin.distribution
+        if not on:
             record.outcome, record.reason = "off", f"option {spec.option}"
-            return record
+        elif plugin is None:
+            self._apply(index, each, gm, context, name, record)
+        else:
+            self._try(index, each, gm, context, name, record)
+        return record
+
+    def _try(
+        self,
+        index: int,
+        each: Pass,
+        gm: GraphModule,
+        context: PassContext,
+        name: str,
+        record: PassRecord,
+    ) -> None:
+        """Run a pass of another distribution on a copy; the graph is as before where it fails."""
+        before, trial = gm.graph, copy_graph(gm)
+        try:
+            self._apply(index, each, trial, context, name, record)
+            if record.matches:
+                gm.graph = trial.graph
+                gm.graph.lint()
+        except Exception as error:  # another's code may raise anything
+            reason = plugins.described(error)
+            if self.options.strict:
+                whose = f"pass {record.name!r} of {record.distribution}"
+                raise plugins.PluginError(f"{whose} failed: {reason}") from error
+            gm.graph = before
+            record.outcome, record.reason = "failed", reason
+            record.matches, record.nodes_after = 0, len(gm.graph.nodes)
+
+    def _apply(
+        self,
+        index: int,
+        each: Pass,
+        gm: GraphModule,
+        context: PassContext,
+        name: str,
+        record: PassRecord,
+    ) -> None:
+        """Run a pass where it fits, and write down what came of it."""
+        spec = each.spec
         if spec.targets and context.target not in spec.targets:
             record.outcome = "not for this graph"
             record.reason = f"only {', '.join(spec.targets)}"
-            return record
+            return
         record.reason = each.veto(gm, context)
         if record.reason:
             record.outcome = "vetoed"
-            return record
+            return
         dump = self._dumper(f"{record.phase}.{index}.{spec.name}", name)
         dump("before", gm)
         interface = _interface(gm.graph)
@@ -139,7 +203,6 @@ class PassManager:
         record.seconds = time.perf_counter() - started
         record.nodes_after = len(gm.graph.nodes)
         dump("after", gm)
-        return record
 
     def _dumper(self, stem: str, name: str) -> Any:
         if self.options.dump_dir is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -42,8 +42,10 @@ class PassSpec:
         name: the pass's file, option and test have the same.
         phase: when it runs.
         summary: one sentence for the table in the documentation.
-        option: the boolean field of :class:`Options` that switches it.
+        option: the boolean field of :class:`Options` that switches it; the name where left out.
         after: passes of the same phase that must run before it.
+        before: the same that must run after it; for passes of other distributions, which those
+            of the package cannot name.
         targets: targets it applies to ("unet", "vae.encoder", …); empty for all graphs.
         exact: whether the rewritten graph gives the same bits under eager lowering.
         source: paper or code that the idea is from; empty for common knowledge.
@@ -52,11 +54,15 @@ class PassSpec:
     name: str
     phase: Phase
     summary: str
-    option: str
+    option: str = ""
     after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     exact: bool = True
     source: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "option", self.option or self.name)
 
 
 @dataclass(frozen=True)
@@ -99,16 +105,20 @@ _REGISTRY: dict[str, type[Pass]] = {}
 
 
 def register(cls: PassClass) -> PassClass:
-    """Class decorator that adds a pass to the registry.
+    """Class decorator that adds a pass of the package to the registry.
+
+    Those of other distributions are found through entry points, see docs/extending.md.
 
     Raises:
-        ValueError: for a name that is taken or an option that does not exist.
+        ValueError: for a name that is taken, an option that does not exist, or with ``before``.
     """
     spec = cls.spec
     if spec.name in _REGISTRY:
         raise ValueError(f"pass {spec.name!r} is registered twice")
     if spec.option not in OPTION_NAMES:
         raise ValueError(f"pass {spec.name!r} names option {spec.option!r}, which does not exist")
+    if spec.before:
+        raise ValueError(f"pass {spec.name!r} has `before`; name it in the others' `after`")
     _REGISTRY[spec.name] = cls
     return cls
 
@@ -136,7 +146,7 @@ def passes_table() -> str:
 
 
 def source_uuid(cls: type[Pass]) -> str:
-    """Hash of the sources of the pass's module and of every module of the package it uses.
+    """Hash of the sources of the pass's module and of every module it uses of its package and ours.
 
     A changed helper changes it, which a hash of the class alone would miss.
     """
@@ -158,24 +168,25 @@ def _source(module: ModuleType) -> str:
 
 
 def _used_modules(start: ModuleType) -> set[ModuleType]:
-    """``start`` and the package's modules that it reaches through its global names."""
+    """``start`` and the modules of its package and ours that it reaches through global names."""
+    packages = {PACKAGE, start.__name__.partition(".")[0]}
     found = {start}
     waiting = [start]
     while waiting:
-        for module in _referenced(waiting.pop()):
+        for module in _referenced(waiting.pop(), packages):
             if module not in found:
                 found.add(module)
                 waiting.append(module)
     return found
 
 
-def _referenced(module: ModuleType) -> Iterator[ModuleType]:
+def _referenced(module: ModuleType, packages: Collection[str]) -> Iterator[ModuleType]:
     for value in vars(module).values():
         # A kernel's specification is of no module's code, but the functions that it holds are.
         held = vars(value).values() if isinstance(value, KernelSpec) else ()
         for each in (value, *held):
             name = each.__name__ if isinstance(each, ModuleType) else _module_name(each)
-            if name and name.partition(".")[0] == PACKAGE and name in sys.modules:
+            if name and name.partition(".")[0] in packages and name in sys.modules:
                 yield sys.modules[name]
 
 
