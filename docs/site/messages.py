@@ -10,6 +10,7 @@ anything.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -23,9 +24,16 @@ NOTES = "## Warnings and notes"  # from here on the page is about what is no err
 FEWEST_LETTERS = 9  # a row with fewer that begins with anything would match anything
 
 
+@functools.cache
+def source() -> dict[Path, ast.Module]:
+    """Every module of the package, parsed."""
+    return {path: ast.parse(path.read_text("utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
+
+
+@functools.cache
 def messages() -> dict[str, str]:
     """Each message that the source can raise, to where it stands."""
-    trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
+    trees = source()
     kinds = _error_classes(trees)
     found: dict[str, str] = {}
     for path, tree in trees.items():
@@ -76,8 +84,8 @@ def stale() -> list[str]:
     errors = [row for row in rows() if not any(matches(row, message) for message in found)]
     texts = "\n".join(
         text.replace("%s", "…")
-        for path in SOURCE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for tree in source().values()
+        for node in ast.walk(tree)
         if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)) and (text := _text(node))
     )
     return errors + [note for note in notes() if not all(part in texts for part in note.split("…"))]

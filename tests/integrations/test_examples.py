@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -45,6 +46,16 @@ def test_stable_diffusion(
     example("stable_diffusion.py", *arguments, monkeypatch=monkeypatch)
     assert picture.stat().st_size > 0
     assert "computed 1, reused 2" in capsys.readouterr().out
+
+
+def test_contact_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = str(EXAMPLES.parent / "src" / "lsync_compile" / "assets" / "sample" / "talking.mp4")
+    sheet = tmp_path / "sheet.jpg"
+    arguments = [clip, clip, str(sheet), "--columns", "3", "--width", "40"]
+    example("contact_sheet.py", *arguments, monkeypatch=monkeypatch)
+    picture = cv2.imread(str(sheet))
+    assert picture.shape[1] == 3 * 40
+    assert picture.shape[0] % 2 == 0
 
 
 @pytest.fixture
