@@ -226,8 +226,8 @@ class GraphOptions:
         default_factory=dict,
         hash=False,
         metadata=about(
-            "Passes of other installed distributions, such as `{'reshape_once': False}`, which "
-            "`reshape_once=False` says too; those that keep the bits are on. `False` loads none."
+            "Passes of other installed distributions, such as `{'reshape_once': True}`, which "
+            "`reshape_once=True` says too; those that keep the bits are on. `False` loads none."
         ),
     )
     dump_dir: Path | None = field(
