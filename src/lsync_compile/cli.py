@@ -1,4 +1,4 @@
-"""The command line: ``lsync sync | bench | tune | quality | explain | doctor | cache``."""
+"""The command line: ``lsync sync | bench | tune | quality | explain | doctor | cache | web``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lsync_compile.quality.calibrate_cli import calibrate
 from lsync_compile.quality.cli import quality
 from lsync_compile.runtime.cache_cli import cache
 from lsync_compile.tune.cli import tune
+from lsync_compile.web.cli import web
 
 app = typer.Typer(
     name="lsync",
@@ -309,6 +310,7 @@ app.command()(quality)
 app.command()(tune)
 app.command()(calibrate)
 app.command()(cache)
+app.command()(web)
 
 
 @app.command()

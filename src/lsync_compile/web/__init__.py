@@ -1,0 +1,1 @@
+"""A page in the browser: ``lsync web``. Needs the extra ``web``."""
