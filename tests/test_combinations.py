@@ -24,6 +24,7 @@ REFUSED: list[dict[str, Any]] = [
     {"speculate": True, "batch_chunks": 2, "temporal_start": "path"},
     {"speculate": True, "batch_chunks": 2, "few_steps": 5},
     {"speculate": True, "batch_chunks": 2, "adaptive_steps": True},
+    {"speculate": True, "batch_chunks": 2, "guided_steps": 1},
 ]
 ALLOWED: list[dict[str, Any]] = [
     {"batch_chunks": 4, "temporal_start": "path", "adaptive_steps": True, "deep_cache": True},

@@ -48,6 +48,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Deep features from an earlier step": ("deep_cache",),
     "Steps and chunks": (
         "few_steps",
+        "guided_steps",
         "adaptive_",
         "temporal_",
         "scene_cut",

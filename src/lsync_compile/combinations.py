@@ -75,6 +75,12 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         "both spare the steps to the same place, and temporal_start='path' takes fewer looks",
     ),
     Exclusion(
+        ("speculate", "guided_steps"),
+        lambda o: o.speculate and o.guided_steps > 0,
+        "a chunk that joins another's calls in the middle has no step of its own in which both "
+        "halves of guidance were computed",
+    ),
+    Exclusion(
         ("speculate", "few_steps"),
         lambda o: o.speculate and o.few_steps > 0,
         "a chunk is started by what long steps miss against all short ones of the chunk before",

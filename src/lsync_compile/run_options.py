@@ -106,6 +106,16 @@ class RunOptions:
             rebuild=False,
         ),
     )
+    guided_steps: int = field(
+        default=0,
+        metadata=about(
+            "Approximate: with guidance, compute the half without sound in so many first steps of "
+            "a chunk; the others take what the sound changed in the last of them. 0 computes it "
+            "in all.",
+            between=(0, 1000),
+            rebuild=False,
+        ),
+    )
     adaptive_steps: bool = field(
         default=False,
         metadata=about(

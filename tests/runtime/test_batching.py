@@ -36,10 +36,10 @@ ROUNDING = {"atol": 2e-4, "rtol": 1e-4}
 Maker = Callable[..., Path]
 
 
-def lane(chunk: int, frames: int = 16, steps: int = 4) -> Any:
+def lane(chunk: int, frames: int = 16, steps: int = 4, guided: int | None = None) -> Any:
     """As much of a lane as is looked at to find calls."""
-    latents = torch.empty(1, 4, frames, 1, 1)
-    walk = SimpleNamespace(chunk=chunk, latents=latents, timesteps=torch.arange(steps))
+    latents, timesteps = torch.empty(1, 4, frames, 1, 1), torch.arange(steps)
+    walk = SimpleNamespace(chunk=chunk, latents=latents, timesteps=timesteps, guided=guided)
     return Lane(walk, None, None, None)  # type: ignore[arg-type]
 
 
@@ -55,6 +55,7 @@ def test_what_has_the_same_frames_and_steps_shares_calls() -> None:
     lanes = [lane(0), lane(1, steps=3), lane(2), lane(3, steps=3), lane(4, frames=9)]
     assert numbers(batcher(batch_chunks=4).calls(lanes)) == [[0, 2], [1, 3], [4]]
     assert numbers(SmartBatcher(None, 1, CPU).calls(lanes)) == [[0], [2], [1], [3], [4]]
+    assert numbers(batcher(batch_chunks=4).calls([lane(0), lane(1, guided=1)])) == [[0], [1]]
 
 
 def test_calls_have_few_sizes() -> None:

@@ -234,3 +234,6 @@ def test_bounds_on_the_trained_model(
     corrected = mouth_psnr(mini, tail, latents(tail, path, 1))
     assert plain > 38
     assert corrected > plain + 2
+    # The half without sound in the first of the five steps alone.
+    path.synthesizer.pace._guided = 1
+    assert mouth_psnr(mini, tail, latents(tail, path, 2)) > 45

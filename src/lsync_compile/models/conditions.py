@@ -17,6 +17,11 @@ class Conditions:
     audio: Tensor | None  # (2 f, S, D), the null half first
     fixed: Tensor  # (2, 9, f, h, w): mask, masked-image latents, reference latents
 
+    def heard(self) -> Conditions:
+        """The half with the sound alone, of one chunk or several, where there is guidance."""
+        audio = None if self.audio is None else self.audio.chunk(2)[1]
+        return Conditions(audio, self.fixed.chunk(2)[1])
+
 
 @dataclass(frozen=True)
 class Prepared:

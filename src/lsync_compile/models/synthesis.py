@@ -202,6 +202,9 @@ class ChunkSynthesizer:
         self.batcher.account()
         if self.speculator is not None:
             self.speculator.account()
+        session = self.job.session
+        if session is not None and session.options.guided_steps and not self.job.guided:
+            session.note("guided_steps does nothing: the run has no guidance")
 
     def _chunk_bytes(self) -> int:
         """Device memory that a full chunk needs in a call of the UNet."""
@@ -338,15 +341,21 @@ class ChunkSynthesizer:
         job, walk = self.job, lanes[0].walk
         timesteps, values = walk.timesteps, walk.timesteps.tolist()
         on_device = timesteps.to(walk.latents.device)
-        conditions = joined([lane.conditions for lane in lanes], job.guided)
-        vouched = vouched_inputs(self.vae, self.unet, guided=job.guided)
+        both = joined([lane.conditions for lane in lanes], job.guided)
+        guided = walk.guided if job.guided and walk.guided is not None else len(values)
+        heard = both.heard() if guided < len(values) else both
+        made_by_sound = torch.empty(0)
 
         def predict(step: int, latents: Sequence[Tensor]) -> list[Tensor]:
+            nonlocal made_by_sound
             samples = [
                 lane.scheduler.scale_model_input(each, timesteps[step])
                 for lane, each in zip(lanes, latents, strict=True)
             ]
-            sample = torch.cat([*samples, *samples] if job.guided else samples)
+            halves = job.guided and step < guided
+            conditions = both if step < guided else heard
+            vouched = vouched_inputs(self.vae, self.unet, guided=halves)
+            sample = torch.cat([*samples, *samples] if halves else samples)
             sample = torch.cat([sample, conditions.fixed], dim=1)
             with step_context(
                 self.run,
@@ -360,9 +369,12 @@ class ChunkSynthesizer:
                 noise: Tensor = self.unet(
                     sample, on_device[step], encoder_hidden_states=conditions.audio
                 ).sample
-            if job.guided:
-                null, heard = noise.chunk(2)
-                noise = null + job.guidance_scale * (heard - null)
+            if halves:
+                null, with_sound = noise.chunk(2)
+                made_by_sound = with_sound - null
+                noise = null + job.guidance_scale * made_by_sound
+            elif job.guided:
+                noise = noise + (job.guidance_scale - 1) * made_by_sound
             return list(noise.split(1))
 
         return predict

@@ -56,9 +56,10 @@ class Lane:
     draws: torch.Generator | None = None
 
     @property
-    def shares(self) -> tuple[int, tuple[float, ...]]:
+    def shares(self) -> tuple[int, int | None, tuple[float, ...]]:
         """What lanes of one call have in common."""
-        return self.walk.latents.shape[2], tuple(self.walk.timesteps.tolist())
+        walk = self.walk
+        return walk.latents.shape[2], walk.guided, tuple(walk.timesteps.tolist())
 
 
 class SmartBatcher:

@@ -40,6 +40,7 @@ class Walk:
         clip: (1, 4, f, h, w), latents of the clip's faces.
         advance: ``(index of the timestep, predicted noise, latents) -> latents`` after the step.
         path: records the steps; None where nobody will ask.
+        guided: first steps that compute both halves of guidance; None is all.
         begin: sets the scheduler as it was before the first step.
     """
 
@@ -49,6 +50,7 @@ class Walk:
     clip: Tensor
     advance: Step
     path: Path | None = None
+    guided: int | None = None
     begin: Callable[[], None] = lambda: None
 
     def restart(self) -> None:
@@ -91,11 +93,13 @@ class Pace:
         self._meter: ChangeMeter | None = None
         self._solver: str | None = None
         self._strength = 1.0
+        self._guided: int | None = None
         self._few = steps
         if options is None:
             return
         self._solver = None if options.solver == "pipeline" else options.solver
         self._strength = options.temporal_strength
+        self._guided = options.guided_steps or None
         self._few = min(options.few_steps or steps, steps)
         if options.adaptive_steps:
             self._adaptive = AdaptiveTimestepScheduler(
@@ -160,10 +164,12 @@ class Pace:
             scheduler.timesteps,
             clip,
             _scheduled(scheduler, arguments, 0),
+            guided=self._guided,
             begin=begin,
         )
         if whole and temporal is not None and steps == self._base:
             walk.path = Path(levels(scheduler))
+            walk.guided = None  # others learn from it
         elif not whole and temporal is not None and temporal.method == "renoise":
             skip = self._base - steps
             level = levels(scheduler)[skip]
@@ -174,7 +180,7 @@ class Pace:
             run = spread(steps, self._base)
             walk.timesteps = scheduler.timesteps[run]
             walk.advance = _jumps(levels(scheduler), run, temporal.path if temporal else None)
-        self._count(change, len(walk.timesteps), known=known)
+        self._count(change, walk, known=known)
         return walk
 
     def finish(self, walk: Walk, latents: Tensor) -> None:
@@ -209,8 +215,8 @@ class Pace:
             return self._adaptive.steps(change)
         return max(1, round(self._strength * self._base)) if known else self._few
 
-    def _count(self, change: Change | None, steps: int, *, known: bool) -> None:
-        session = self._session
+    def _count(self, change: Change | None, walk: Walk, *, known: bool) -> None:
+        session, steps = self._session, len(walk.timesteps)
         if session is None:
             return
         numbers = {
@@ -220,6 +226,9 @@ class Pace:
         }
         if self._few < self._base:
             session.count("few_steps", **numbers)
+        if self._guided is not None:
+            alone = 0 if walk.guided is None else max(0, steps - walk.guided)
+            session.count("guided_steps", steps=steps, without_the_half=alone)
         if self._adaptive is not None:
             session.count("adaptive_steps", **numbers, in_more_steps=int(steps > self._base))
         if self._temporal is not None:
