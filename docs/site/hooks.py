@@ -22,6 +22,7 @@ PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "training/README.md": "training.md",
+    "examples/third_party_pass/README.md": "third-party-pass.md",
     "src/lsync_compile/assets/mini/README.md": "mini-model.md",
     "benchmarks/results": "results.md",  # made by results_page()
 }
@@ -65,7 +66,7 @@ def on_files(files: Any, config: Any) -> Any:
         if not target.startswith("docs/") and target not in PAGES and (ROOT / target).is_file()
     }
     for target in sorted(outside):
-        files.append(File.generated(config, target, abs_src_path=str(ROOT / target)))
+        files.append(File.generated(config, address(target), abs_src_path=str(ROOT / target)))
     return files
 
 
@@ -78,10 +79,17 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         if not target or SCHEME.match(target):
             return match[0]
         path = resolve(target, source)
-        address = PAGES.get(path, path.removeprefix("docs/"))
-        return match[1] + address + (f"#{anchor}" if anchor else "") + match[3]
+        place = address(path) + (f"#{anchor}" if anchor else "")
+        return match[1] + place + match[3]
 
     return outside_fences(markdown, lambda text: LINK.sub(turned, text))
+
+
+def address(path: str) -> str:
+    """Where a file of the repository is on the site; a page of none is a text there."""
+    if path in PAGES or path.startswith("docs/"):
+        return PAGES.get(path, path.removeprefix("docs/"))
+    return f"{path}.txt" if path.endswith(".md") else path
 
 
 def repository_path(page: str) -> str:
