@@ -38,7 +38,7 @@ from .config import (
 )
 from .mel_encoder import MelAudioEncoder
 from .unet import UNet3DConditionModel
-from .weights import build, describe_misfit, read_state_dict
+from .weights import build, check_layers, configured_by, describe_misfit, read_state_dict
 from .whisper import WhisperAudioEncoder
 
 __all__ = [
@@ -112,20 +112,27 @@ def resolve_checkpoint(name_or_folder: str | Path, *, resolution: int | None = N
 
 
 def load_unet(
-    path: str | Path, config: dict[str, Any], *, dtype: torch.dtype = torch.float32
+    path: str | Path,
+    config: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    config_file: Path | None = None,
 ) -> UNet3DConditionModel:
     """Load the UNet from a ``.pt`` or ``.safetensors`` file, without a second copy in memory.
 
     Raises:
         CheckpointError: the file cannot be read, or its entries do not fit ``config``: the first
-            missing and the first unexpected name with their counts, or the first wrong shape.
+            missing and the first unexpected name with their counts, or the first wrong shape; or
+            no UNet can be made of ``config``, which ``config_file`` is named for.
     """
     path = Path(path)
+    check_layers(config, config_file or path)
     unet: UNet3DConditionModel = build(
         lambda: UNet3DConditionModel.from_config(config),
         read_state_dict(path),
         dtype=dtype,
         source=path,
+        config=config_file,
         hint=_unet_hint,
     )
     return unet
@@ -138,13 +145,21 @@ def load_vae(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> A
         CheckpointError: a file cannot be read or does not fit the VAE's ``config.json``.
     """
     folder = checkpoint.vae_folder
-    config = _read_json(folder / "config.json")
+    config_file = folder / "config.json"
+    config = _read_json(config_file)
+    check_layers(config, config_file)
     config["shift_factor"] = config.get("shift_factor") or 0.0
     if checkpoint.vae_scaling is not None:
         config["scaling_factor"] = checkpoint.vae_scaling
     path = _first_file(folder, _VAE_WEIGHTS, "the VAE's weights")
     state = {_modern_vae_name(name): value for name, value in read_state_dict(path).items()}
-    vae = build(lambda: AutoencoderKL.from_config(config), state, dtype=dtype, source=path)
+    vae = build(
+        lambda: AutoencoderKL.from_config(config),
+        state,
+        dtype=dtype,
+        source=path,
+        config=config_file,
+    )
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     if scale != LATENT_SCALE or vae.config.latent_channels != 4:
         raise CheckpointError(
@@ -165,7 +180,7 @@ def load_audio_encoder(checkpoint: Checkpoint) -> AudioEncoder:
         encoder = MelAudioEncoder.from_pretrained(checkpoint.audio_path)
     else:
         encoder = WhisperAudioEncoder.from_pretrained(checkpoint.audio_path)
-    wanted = checkpoint.unet_config["cross_attention_dim"]
+    wanted = checkpoint.unet_config.get("cross_attention_dim")
     if encoder.feature_dim != wanted:
         raise CheckpointError(
             f"{checkpoint.audio_path}: gives {encoder.feature_dim} features, but "
@@ -262,7 +277,7 @@ def _choose_yaml(
     configs = [config for config in map(read_yaml, paths) if config is not None]
     if not configs:
         return None
-    misfits = [_misfit(config.unet, state) for config in configs]
+    misfits = [_misfit(config, state) for config in configs]
     fitting = [c for c, misfit in zip(configs, misfits, strict=True) if misfit is None]
     if not fitting:
         raise CheckpointError(
@@ -281,9 +296,11 @@ def _choose_yaml(
     return fitting[0]
 
 
-def _misfit(config: dict[str, Any], state: dict[str, Tensor]) -> str | None:
-    with torch.device("meta"):
-        return describe_misfit(UNet3DConditionModel.from_config(config).state_dict(), state)
+def _misfit(config: YamlConfig, state: dict[str, Tensor]) -> str | None:
+    check_layers(config.unet, config.path)
+    with configured_by(config.path), torch.device("meta"):
+        unet = UNet3DConditionModel.from_config(config.unet)
+    return describe_misfit(unet.state_dict(), state)
 
 
 def _config_from_weights(state: dict[str, Tensor]) -> dict[str, Any]:

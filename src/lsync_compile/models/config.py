@@ -14,6 +14,7 @@ from lsync_compile.errors import CheckpointError
 from .unet import UNet3DConditionModel
 
 LATENT_SCALE = 8  # pixels to a latent, along each side
+_MOST_PIXELS = 8192  # along a side of the face; a larger number is no resolution
 
 LATENTSYNC_UNET: dict[str, Any] = {
     "in_channels": 13,
@@ -89,12 +90,13 @@ def read_yaml(path: Path) -> YamlConfig | None:
             raise CheckpointError(f"{path}: neither data.resolution nor model.sample_size is set")
         resolution = sample_size * LATENT_SCALE
     check_resolution(resolution, f"{path}: data.resolution")
+    mask = data.get("mask_image_path")
     return YamlConfig(
         path=path,
         unet=_unet_config(content["model"], path) | {"sample_size": resolution // LATENT_SCALE},
         resolution=resolution,
-        num_frames=int(data.get("num_frames", 16)),
-        mask_image_path=data.get("mask_image_path"),
+        num_frames=_positive(data.get("num_frames", 16), f"{path}: data.num_frames"),
+        mask_image_path=None if mask is None else str(mask),
     )
 
 
@@ -112,12 +114,20 @@ def read_unet_config(yaml_path: str | Path) -> dict[str, Any]:
     return config.unet
 
 
-def check_resolution(resolution: object, name: str) -> None:
-    """Raise CheckpointError unless ``resolution`` is a positive multiple of 8."""
-    if not isinstance(resolution, int) or resolution <= 0 or resolution % LATENT_SCALE:
+def check_resolution(resolution: Any, name: str) -> None:
+    """Raise CheckpointError unless ``resolution`` is a positive multiple of 8, 8192 at most."""
+    whole = isinstance(resolution, int) and not isinstance(resolution, bool)
+    if not whole or resolution % LATENT_SCALE or not 0 < resolution <= _MOST_PIXELS:
         raise CheckpointError(
-            f"{name}: {resolution!r} is not a positive multiple of {LATENT_SCALE}"
+            f"{name}: {resolution!r} is not a positive multiple of {LATENT_SCALE} "
+            f"up to {_MOST_PIXELS}"
         )
+
+
+def _positive(value: object, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"{name}: {value!r} is not a positive whole number")
+    return value
 
 
 def _unet_config(model: dict[str, Any], path: Path) -> dict[str, Any]:

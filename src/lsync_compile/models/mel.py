@@ -16,6 +16,7 @@ from .audio import SAMPLE_RATE
 
 N_FFT = 400  # samples a frame
 HOP = 160  # samples between frames
+MOST_BANDS = N_FFT  # more than there are frequencies make no sense
 FLOOR = 1e-10  # power below this counts as silence: -10 in log10
 
 
@@ -39,9 +40,14 @@ class LogMel(nn.Module):
 
     def __init__(self, bands: int = 80) -> None:
         super().__init__()
+        if not 1 <= bands <= MOST_BANDS:
+            raise ValueError(f"{bands} mel bands; 1 to {MOST_BANDS} are possible")
         self.bands = bands
-        self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
-        self.register_buffer("filters", mel_filters(bands), persistent=False)
+        # Made and not loaded, so real also where modules are made without memory for weights.
+        default = torch.get_default_device()
+        with torch.device("cpu") if default.type == "meta" else default:
+            self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
+            self.register_buffer("filters", mel_filters(bands), persistent=False)
 
     def forward(self, samples: Tensor) -> Tensor:
         """``(..., n)`` with n a multiple of 160, at least 320 -> ``(..., bands, n / 160)``."""

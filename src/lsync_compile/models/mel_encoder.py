@@ -25,7 +25,7 @@ from .audio import (
     check_samples,
 )
 from .mel import LogMel
-from .weights import build, read_state_dict
+from .weights import build, check_layers, read_state_dict
 
 QUIET = -6.0  # log10 of the mel power at and below which everything is silence
 _CHUNK = 1500  # steps encoded at a time
@@ -127,14 +127,19 @@ class MelAudioEncoder(EncoderModule):
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             config.pop("class", None)
-            with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
-                encoder = cls(**config)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}: is no audio encoder's configuration ({error})"
             ) from error
+        check_layers(config, path)
         weights = path.with_suffix(".safetensors")
-        return build(lambda: encoder, read_state_dict(weights), dtype=torch.float32, source=weights)
+        return build(
+            lambda: cls(**config),
+            read_state_dict(weights),
+            dtype=torch.float32,
+            source=weights,
+            config=path,
+        )
 
     def _scale(self, logs: Tensor) -> Tensor:
         return (logs.clamp(min=QUIET) + 3.0) / 3.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +13,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lsync_compile.errors import CheckpointError
+from lsync_compile.errors import CheckpointError, LsyncError
 
 M = TypeVar("M", bound=nn.Module)
 
 # What torch and safetensors raise for files that are truncated, damaged or something else.
-_UNREADABLE = (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
+_UNREADABLE = (
+    *(RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError),
+    *(TypeError, AttributeError, IndexError, MemoryError, OverflowError, AssertionError),
+)
+# What the constructors of torch's and others' modules raise for values that make no sense.
+_UNBUILDABLE = (
+    *(TypeError, ValueError, AttributeError, LookupError, RuntimeError, ArithmeticError),
+    *(AssertionError, MemoryError, OSError),
+)
+_MOST_LAYERS = 64  # of a block; more would be no network but a file that went wrong
+_COUNTS_LAYERS = ("layers", "layers_per_block", "num_transformer_block", "encoder_layers")
 
 
 def read_archive(path: Path) -> dict[str, Any]:
@@ -56,14 +67,23 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         CheckpointError: as `read_archive`, or there are no weights.
     """
     archive = read_archive(path)
-    state = archive.get("state_dict", archive)
+    state = check_weights(archive.get("state_dict", archive), path)
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def check_weights(state: object, path: Path) -> dict[str, Tensor]:
+    """The same; refuses what is no dictionary of names and tensors, or an empty one.
+
+    Raises:
+        CheckpointError: names the file, and the first entry that is none.
+    """
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{path}: holds no weights")
     for name, value in state.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not isinstance(name, str):
             raise CheckpointError(f"{path}: entry {name!r} is a {type(value).__name__}, no tensor")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
     return state
 
 
@@ -85,7 +105,44 @@ def describe_misfit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor])
             f"{name} is {tuple(state[name].shape)} in the file "
             f"but {tuple(expected[name].shape)} by the configuration ({len(wrong)} such entries)"
         )
+    kinds = ((name, state[name].dtype) for name in expected if expected[name].is_floating_point())
+    for name, dtype in kinds:
+        if not dtype.is_floating_point:
+            return f"{name} holds {str(dtype).removeprefix('torch.')} and no floating-point numbers"
     return None
+
+
+@contextmanager
+def configured_by(source: Path) -> Iterator[None]:
+    """For a block that makes a module as a file says: what goes wrong is the file's fault.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _UNBUILDABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        kind = "" if isinstance(error, LsyncError) else f"{type(error).__name__}: "
+        raise CheckpointError(
+            f"{source}: no network can be made of this configuration ({kind}{reason})"
+        ) from error
+
+
+def check_layers(config: Mapping[str, Any], source: Path) -> None:
+    """Refuse a configuration that would keep the machine busy making layers.
+
+    Raises:
+        CheckpointError: names the file and the key.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check_layers(value, source)
+        for count in value if isinstance(value, list) else [value]:
+            if key in _COUNTS_LAYERS and isinstance(count, (int, float)) and count > _MOST_LAYERS:
+                raise CheckpointError(f"{source}: {key}={value!r} is more than {_MOST_LAYERS}")
 
 
 def build(
@@ -94,6 +151,7 @@ def build(
     *,
     dtype: torch.dtype,
     source: Path,
+    config: Path | None = None,
     hint: Callable[[str], str] = lambda misfit: "",
 ) -> M:
     """Make a module without allocating its weights, then give it those of ``state``.
@@ -103,15 +161,17 @@ def build(
         state: exactly the module's parameters and buffers.
         dtype: what floating-point weights are converted to.
         source: file that ``state`` was read from, for error messages.
+        config: file that says what to make; ``source`` by default.
         hint: from the misfit to a clause on what to do about it.
 
     Returns:
         The module in evaluation mode.
 
     Raises:
-        CheckpointError: names or shapes do not fit.
+        CheckpointError: names or shapes do not fit, there is no such module, or a weight is no
+            number, or none in ``dtype``.
     """
-    with torch.device("meta"):
+    with configured_by(config or source), torch.device("meta"):
         module = make()
     misfit = describe_misfit(module.state_dict(), state)
     if misfit is not None:
@@ -120,5 +180,18 @@ def build(
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in state.items()
     }
+    for name, value in converted.items():
+        if not _is_finite(value):
+            raise CheckpointError(
+                f"{source}: {name} holds values that are infinite or no numbers as {dtype}; the "
+                "file is damaged, or its training went wrong"
+            )
     module.load_state_dict(converted, assign=True)
     return module.eval()
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not value.is_floating_point() or not value.numel():
+        return True
+    # One pass; a value that is no number is both the least and the greatest.
+    return all(bool(torch.isfinite(bound)) for bound in value.aminmax())

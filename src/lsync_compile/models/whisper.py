@@ -25,8 +25,15 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from lsync_compile.errors import CheckpointError, OptionError
 
 from .audio import SAMPLES_PER_STEP, AudioFeatures, EncoderModule, check_samples
-from .mel import LogMel
-from .weights import build, read_archive, read_state_dict
+from .mel import MOST_BANDS, LogMel
+from .weights import (
+    build,
+    check_layers,
+    check_weights,
+    configured_by,
+    read_archive,
+    read_state_dict,
+)
 
 _OVERLAP_DIVISOR = 6  # of a window is shared with the next one at least: 5 s of 30 s
 _DYNAMIC_RANGE = 8.0  # decades below the loudest moment that Whisper hears
@@ -44,6 +51,14 @@ _RENAMED = {
     ".mlp.0.": ".fc1.",
     ".mlp.2.": ".fc2.",
     ".mlp_ln.": ".final_layer_norm.",
+}
+# OpenAI's names of sizes, and those of transformers.
+_DIMS = {
+    "n_audio_state": "d_model",
+    "n_audio_layer": "encoder_layers",
+    "n_audio_head": "encoder_attention_heads",
+    "n_mels": "num_mel_bins",
+    "n_audio_ctx": "max_source_positions",
 }
 _FINAL_NORM = {"openai": "ln_post.", "transformers": "layer_norm."}
 
@@ -186,17 +201,13 @@ def _read_openai(path: Path) -> tuple[WhisperConfig, dict[str, Tensor], Path]:
     dims, weights = archive.get("dims"), archive.get("model_state_dict")
     if not isinstance(dims, dict) or not isinstance(weights, dict):
         raise CheckpointError(f"{path}: is not one of OpenAI's Whisper files (dims is missing)")
-    try:
-        config = WhisperConfig(
-            d_model=dims["n_audio_state"],
-            encoder_layers=dims["n_audio_layer"],
-            encoder_attention_heads=dims["n_audio_head"],
-            encoder_ffn_dim=4 * dims["n_audio_state"],
-            num_mel_bins=dims["n_mels"],
-            max_source_positions=dims["n_audio_ctx"],
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{path}: dims has no {error}") from error
+    check_weights(weights, path)
+    missing = [name for name in _DIMS if name not in dims]
+    if missing:
+        raise CheckpointError(f"{path}: dims has no {missing[0]!r}")
+    values = {own: dims[name] for name, own in _DIMS.items()}
+    config = _config(values, path)
+    config.encoder_ffn_dim = 4 * config.d_model
     state = {}
     for name, value in _part(weights, "encoder.", _FINAL_NORM["openai"]).items():
         for old, new in _RENAMED.items():
@@ -207,9 +218,10 @@ def _read_openai(path: Path) -> tuple[WhisperConfig, dict[str, Tensor], Path]:
 
 def _read_folder(path: Path) -> tuple[WhisperConfig, dict[str, Tensor], Path]:
     try:
-        config = WhisperConfig(**json.loads((path / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / 'config.json'}: cannot be read ({error})") from error
+    config = _config(values, path / "config.json")
     names = ("model.safetensors", "pytorch_model.bin")
     source = next((path / name for name in names if (path / name).is_file()), None)
     if source is None:
@@ -218,6 +230,19 @@ def _read_folder(path: Path) -> tuple[WhisperConfig, dict[str, Tensor], Path]:
         name.removeprefix("model."): value for name, value in read_state_dict(source).items()
     }
     return config, _part(weights, "encoder.", _FINAL_NORM["transformers"]), source
+
+
+def _config(values: Any, path: Path) -> WhisperConfig:
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds no JSON object")
+    check_layers(values, path)
+    for name in _DIMS.values():
+        if type(values.get(name, 1)) is not int or values.get(name, 1) < 1:
+            raise CheckpointError(f"{path}: {name} {values[name]!r} is not a positive whole number")
+    if values.get("num_mel_bins", 1) > MOST_BANDS:
+        raise CheckpointError(f"{path}: num_mel_bins {values['num_mel_bins']} is over {MOST_BANDS}")
+    with configured_by(path):
+        return WhisperConfig(**values)
 
 
 def _part(weights: dict[str, Any], prefix: str, without: str) -> dict[str, Tensor]:
