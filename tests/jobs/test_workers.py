@@ -11,7 +11,8 @@ from stand_in_work import StandIn
 
 from lsync_compile.errors import CheckpointError, Interrupted, LsyncError
 from lsync_compile.jobs.listing import ListedJob
-from lsync_compile.jobs.workers import Spread, use_only
+from lsync_compile.jobs.worker import use_only
+from lsync_compile.jobs.workers import Spread
 
 TWO = ("cpu:0", "cpu:1")
 
