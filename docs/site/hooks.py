@@ -148,5 +148,6 @@ def results_page() -> str:
             machine.get("torch", ""),
             machine.get("date", content.get("date", "") if isinstance(content, dict) else ""),
         ]
+        cells[-1] = str(cells[-1]).replace("-", "\N{NON-BREAKING HYPHEN}")
         lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

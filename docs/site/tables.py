@@ -165,6 +165,8 @@ def exit_codes() -> str:
     lines = ["| code | error | meaning |", "| --- | --- | --- |"]
     for kind in sorted(kinds, key=lambda kind: kind.exit_code):
         meaning = (kind.__doc__ or "").split("\n")[0]
+        if kind is errors.LsyncError:
+            meaning = "Any other error of this package, and clips of a list that failed."
         lines.append(f"| {kind.exit_code} | `{kind.__name__}` | {meaning} |")
     return "\n".join(lines) + "\n"
 
