@@ -12,7 +12,12 @@ from pathlib import Path
 
 def partial_name(path: Path) -> Path:
     """A hidden name beside a file for its unfinished content, with the suffix and this process."""
-    return path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    return path.with_name(f".{_start(path)}.{os.getpid()}-{uuid.uuid4().hex[:8]}{path.suffix}")
+
+
+def _start(path: Path) -> str:
+    """The name without its suffix, as far as there is room for more: names have 255 bytes."""
+    return os.fsencode(path.stem)[:200].decode(errors="ignore")
 
 
 @contextmanager
@@ -34,6 +39,6 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def remove_partials(path: Path, process: int) -> None:
     """Remove the unfinished content that a process left beside a file when it was killed."""
-    pattern = f".{glob.escape(path.stem)}.{process}-*{glob.escape(path.suffix)}"
+    pattern = f".{glob.escape(_start(path))}.{process}-*{glob.escape(path.suffix)}"
     for partial in path.parent.glob(pattern):
         partial.unlink(missing_ok=True)

@@ -43,6 +43,8 @@ def load_audio(path: str | Path, *, sample_rate: int = 16000, channels: int = 1)
         MediaError: the file cannot be read, is damaged, or has no sound track, or an empty one.
     """
     sound = np.concatenate(list(_decode(path, sample_rate, channels)))
+    if not np.isfinite(sound).all():
+        raise MediaError(f"{path}: its sound holds samples that are no finite numbers")
     return sound[:, 0] if channels == 1 else sound
 
 
@@ -82,7 +84,7 @@ class SoundReader:
         with open_media(path) as container:
             track = audio_stream(path, container)
             self.sample_rate = sample_rate or min(track.rate or _HIGHEST_RATE, _HIGHEST_RATE)
-            self.channels = channels or min(track.channels, 2)
+            self.channels = channels or max(1, min(track.channels, 2))  # 0 in damaged files
         self._blocks = _decode(path, self.sample_rate, self.channels)
         self._rest = np.zeros((0, self.channels), dtype=np.float32)
 

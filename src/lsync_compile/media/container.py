@@ -17,6 +17,9 @@ from av.video.stream import VideoStream
 from lsync_compile.cores import codec_threads
 from lsync_compile.errors import MediaError
 
+# A playlist may name files, but no servers.
+_LOCAL_ONLY = {"protocol_whitelist": "file"}
+
 
 @contextmanager
 def open_media(path: str | Path) -> Iterator[av.container.InputContainer]:
@@ -27,7 +30,9 @@ def open_media(path: str | Path) -> Iterator[av.container.InputContainer]:
     """
     try:
         # Titles in broken encodings must not keep a clip from being read.
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(
+            local_url(path), metadata_errors="ignore", container_options=_LOCAL_ONLY
+        ) as container:
             # FFmpeg draws any text file as video.
             if container.format.name == "tty":
                 raise MediaError(f"{path}: not a media file")
@@ -35,6 +40,19 @@ def open_media(path: str | Path) -> Iterator[av.container.InputContainer]:
             yield container
     except av.error.FFmpegError as error:
         raise MediaError(f"{path}: {_reason(path, error)}") from error
+
+
+def local_url(path: str | Path) -> str:
+    """A path as FFmpeg takes nothing but a local file, whatever is in its name.
+
+    Otherwise ``12:30.mp4`` would be a protocol "12", and ``http://…`` a reason to use the network.
+
+    Raises:
+        MediaError: no file can have this name.
+    """
+    if "\0" in str(path):
+        raise MediaError(f"{str(path)!r}: is no name of a file")
+    return f"file:{path}"
 
 
 def video_stream(path: str | Path, container: av.container.InputContainer) -> VideoStream:
@@ -99,8 +117,8 @@ def _reason(path: str | Path, error: av.error.FFmpegError) -> str:
         return "no such file"
     if isinstance(error, av.error.IsADirectoryError):
         return "is a folder, not a media file"
-    if Path(path).is_file() and Path(path).stat().st_size == 0:
-        return "the file is empty"
     if isinstance(error, av.error.InvalidDataError):
+        if Path(path).is_file() and Path(path).stat().st_size == 0:
+            return "the file is empty"
         return "not a media file, cut off or damaged (FFmpeg finds invalid data)"
     return error.strerror or str(error)

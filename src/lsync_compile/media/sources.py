@@ -145,11 +145,11 @@ def play(source: ClipSource, count: int, fps: float) -> Iterable[tuple[int, Fram
     return PingPongReader(source, count, fps)
 
 
-def length(source: ClipSource, fps: float) -> int:
-    """How many frames a clip has at a rate."""
+def length(source: ClipSource, fps: float, *, most: int | None = None) -> int:
+    """How many frames a clip has at a rate, up to `most`: damaged time stamps may mean years."""
     if isinstance(source, FrameArray):
-        return len(source.order(fps))
-    return count_frames(source, fps)
+        return len(source.order(fps)[:most])
+    return count_frames(source, fps, most=most)
 
 
 def hear(source: SoundSource, sample_rate: int) -> Samples:

@@ -129,14 +129,14 @@ def read_frames(path: str | Path, *, fps: float = 25, start: int = 0) -> Iterato
             yield convert(frame)
 
 
-def count_frames(path: str | Path, fps: float = 25) -> int:
-    """How many frames `read_frames` yields. Decodes the whole clip.
+def count_frames(path: str | Path, fps: float = 25, *, most: int | None = None) -> int:
+    """How many frames `read_frames` yields, counted up to `most`. Decodes the whole clip.
 
     Raises:
         MediaError: the file cannot be read.
     """
     with _Clip(path, fps) as clip:
-        return sum(1 for _ in clip.frames())
+        return sum(1 for _ in islice(clip.frames(), most))
 
 
 class PingPongReader:
@@ -196,15 +196,25 @@ def _bytes(frame: VideoFrame) -> int:
 
 
 class _Converter:
-    """Decoded frames to upright RGB arrays."""
+    """Decoded frames to upright RGB arrays, all of the first one's size.
+
+    Films that were put together, and streams that adapt to the line, change size on the way;
+    players stretch such frames to the first one's.
+    """
 
     def __init__(self) -> None:
         self._reformatter = VideoReformatter()
+        self._size: tuple[int, int] | None = None
 
     def __call__(self, frame: VideoFrame) -> Frame:
         tags = ColourTags(int(frame.colorspace)).resolved(frame.height)
+        self._size = self._size or (frame.width, frame.height)
         picture = self._reformatter.reformat(
-            frame, format="rgb24", src_colorspace=tags.swscale_matrix, interpolation=EXACT
+            frame,
+            *self._size,
+            format="rgb24",
+            src_colorspace=tags.swscale_matrix,
+            interpolation=EXACT,
         ).to_ndarray()
         turned = np.rot90(picture, round(frame.rotation / 90))
         return np.array(turned, dtype=np.uint8, order="C")

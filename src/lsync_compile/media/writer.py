@@ -24,6 +24,7 @@ from lsync_compile.errors import MediaError
 from lsync_compile.files import partial_name
 from lsync_compile.media.audio import SoundReader
 from lsync_compile.media.colour import EXACT, ColourTags
+from lsync_compile.media.container import local_url
 
 Frame = npt.NDArray[np.uint8]
 
@@ -87,11 +88,7 @@ class VideoWriter:
         self._container: OutputContainer | None = None
         self._colour = (colour or ColourTags(1, 1, 1)).writable(height)
         self._reformatter = VideoReformatter()
-        if not self.path.parent.is_dir():
-            raise MediaError(f"{self.path}: the folder {self.path.parent} does not exist")
-        if self.path.is_dir():
-            raise MediaError(f"{self.path}: is a folder; give the name of a file")
-        self._temporary = partial_name(self.path)
+        self._temporary = self._checked_name()
         try:
             self._open(codec, {"crf": str(crf), "preset": preset}, pixel_aspect)
         except BaseException:
@@ -138,9 +135,20 @@ class VideoWriter:
         finally:
             self._discard()
 
+    def _checked_name(self) -> Path:
+        """The name to write under, beside where the file is to be."""
+        try:
+            if "\0" in str(self.path) or not self.path.parent.is_dir():
+                raise MediaError(f"{self.path}: the folder {self.path.parent} does not exist")
+            if self.path.is_dir():
+                raise MediaError(f"{self.path}: is a folder; give the name of a file")
+        except OSError as error:  # a name that is too long
+            raise MediaError(f"{self.path}: cannot be written: {error.strerror}") from error
+        return partial_name(self.path)
+
     def _open(self, codec: str, options: dict[str, str], pixel_aspect: Fraction) -> None:
         try:
-            container = av.open(str(self._temporary), "w", options={"movflags": "+faststart"})
+            container = av.open(local_url(self._temporary), "w", options={"movflags": "+faststart"})
         except av.error.FFmpegError as error:
             raise MediaError(f"{self.path}: cannot be written: {error.strerror}") from error
         except ValueError as error:
@@ -230,7 +238,8 @@ class VideoWriter:
             # A file that is thrown away need not be finished.
             with contextlib.suppress(av.error.FFmpegError):
                 container.close()
-        self._temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or in a folder that became read-only
+            self._temporary.unlink()
 
 
 class _ArrayReader:

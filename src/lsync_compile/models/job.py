@@ -106,8 +106,19 @@ def check_counts(**counts: int) -> None:
         OptionError: names the first argument that is none.
     """
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise OptionError(f"{name} must be a positive whole number, not {value!r}")
+
+
+def check_numbers(**numbers: float) -> None:
+    """Refuse what is no finite number.
+
+    Raises:
+        OptionError: names the first argument that is none.
+    """
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise OptionError(f"{name} must be a finite number, not {value!r}")
 
 
 def check_resolution(height: int, width: int, multiple: int) -> int:

@@ -46,6 +46,7 @@ from lsync_compile.models.job import (
     check_chunk_length,
     check_compatibility_arguments,
     check_counts,
+    check_numbers,
     check_resolution,
 )
 from lsync_compile.models.run import Run
@@ -300,6 +301,7 @@ class LatentSyncPipeline(DiffusionPipeline):
             video_fps=video_fps,
             max_frames=1 if max_frames is None else max_frames,
         )
+        check_numbers(guidance_scale=guidance_scale, eta=eta)
         check_chunk_length(num_frames, self.unet.max_frames)
         check_compatibility_arguments(audio_sample_rate, weight_dtype, self.unet.dtype)
         sound_path = video_path if audio_path is None else audio_path
@@ -308,7 +310,7 @@ class LatentSyncPipeline(DiffusionPipeline):
         if count == 0:
             raise MediaError(f"{sound_path}: the sound is empty; there is nothing to sync to")
         if audio_path is None:
-            count = min(count, length(video_path, video_fps))
+            count = length(video_path, video_fps, most=count)
         if max_frames is not None:
             count = min(count, max_frames)
         mask = mouth_mask(resolution, mask_image_path or self.mask_path)
