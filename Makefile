@@ -39,7 +39,7 @@ lint: $(BIN)/.installed  ## ruff and mypy
 docs: $(BIN)/.installed  ## Build the documentation's site into out/site
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	$(BIN)/python docs/site/tables.py --check
-	$(BIN)/mkdocs build --strict --quiet --site-dir $(abspath $(OUT))/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir $(abspath $(OUT))/site
 
 # What was measured before is kept: the same call goes on with what is missing.
 bench: $(BIN)/.installed  ## Time and judge: LatentSync's full size on a GPU, a check on a CPU
