@@ -15,11 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from told import Told
 
 from lsync_compile.media.video import probe
 from lsync_compile.models.pipeline import LatentSyncPipeline
@@ -52,7 +52,7 @@ class Site:
 def site(tiny_pipeline: LatentSyncPipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     import uvicorn
 
-    vars(tiny_pipeline)["lsync"] = SimpleNamespace(report=lambda: "what <was> done")
+    vars(tiny_pipeline)["lsync"] = Told("what <was> done")
     with listening_socket("127.0.0.1", 0) as (taken, address), scratch_folder() as folder:
         served = Site(address.url, folder, tiny_pipeline)
         connect = socket.socket.connect
@@ -163,6 +163,7 @@ def test_a_clip_is_synced_and_shown_beside_the_original(
     assert before["lasts"] == pytest.approx(after["lasts"], abs=0.05) == pytest.approx(0.8, abs=0.1)
     page.evaluate("document.querySelector('#after video').play()")
     page.wait_for_function("document.querySelector('#before video').currentTime > 0.1")
+    assert page.inner_text("#status .small >> nth=0") == "decode 1.5 s · paste 0.5 s"
     page.click("text=Report")
     assert page.inner_text("#report pre") == "what <was> done"
     with page.expect_download() as download:

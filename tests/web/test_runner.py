@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from told import Told
 
 from lsync_compile.errors import Interrupted, MediaError, NoFaceError
 from lsync_compile.media.video import probe, read_frames
@@ -23,7 +23,7 @@ Maker = Callable[..., Path]
 
 @pytest.fixture
 def runner(tiny_pipeline: LatentSyncPipeline) -> Iterator[Runner]:
-    vars(tiny_pipeline)["lsync"] = SimpleNamespace(report=lambda: "what was done")
+    vars(tiny_pipeline)["lsync"] = Told("what was done")
     made = Runner(lambda preset: tiny_pipeline)
     yield made
     made.close()
@@ -37,6 +37,7 @@ def test_the_result_and_the_original_are_of_equal_length(
     job = runner.start("me", Order(clip, make_speech(0.36), steps=2), tmp_path)
     outcome = job.future.result(60)
     assert (outcome.frames, outcome.missing, outcome.report) == (9, 1, "what was done")
+    assert (outcome.times, outcome.notes) == ({"decode": 1.5, "paste": 0.5}, ["a note"])
     synced, original = probe(outcome.synced), probe(outcome.original)
     assert outcome.synced.name == "clip_synced.mp4"
     assert (synced.width, synced.height, synced.has_audio) == (160, 1440, True)

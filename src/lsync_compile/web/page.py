@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 SAMPLE = Path(str(files("lsync_compile"))) / "assets" / "sample"
 _POLL = 0.25  # seconds between looks at a job
-_KEPT = 3600  # seconds that uploads and results are kept
+_KEPT, _LOOKED = 3600, 60  # seconds that uploads and results are kept, and between looks
 
 _PRESETS = [("Exact", "exact"), ("Balanced", "balanced"), ("Turbo", "turbo")]
 _IDLE = (
@@ -43,14 +43,14 @@ def build_page(runner: Runner, *, about: str, preset: str, folder: Path) -> gr.B
         folder: for the files of jobs under way.
     """
     with gr.Blocks(
-        title="lsync", analytics_enabled=False, delete_cache=(60, _KEPT), fill_width=False
+        title="lsync", analytics_enabled=False, delete_cache=(_LOOKED, _KEPT), fill_width=False
     ) as page:
         gr.HTML(f"<header><h1>Lip sync</h1><p>{html.escape(about)}</p></header>", elem_id="head")
         with gr.Row(elem_id="work"):
             with gr.Column(scale=5, min_width=300):
                 with gr.Row(elem_id="given"):
                     video = gr.Video(
-                        label="Clip", sources=["upload"], height=300, buttons=[], elem_id="clip"
+                        label="Clip", sources=["upload"], height=240, buttons=[], elem_id="clip"
                     )
                 audio = gr.Audio(
                     label="Speech (the clip's own sound without it)",
@@ -178,9 +178,14 @@ def say_done(done: Outcome) -> str:
     if done.missing:
         missing = f" · {done.missing} without a face, unchanged"
     rate = done.frames / done.seconds
+    worth = {work: seconds for work, seconds in done.times.items() if seconds >= 0.05}
+    times = " · ".join(f"{work} {_time(seconds, digits=1)}" for work, seconds in worth.items())
+    small = "".join(
+        f"<div class='small'>{html.escape(line)}</div>" for line in (times, *done.notes)
+    )
     return (
-        f"<div class='note good'>{done.frames} frames in {_time(done.seconds)} "
-        f"({rate:.{1 if rate >= 1 else 2}f} frames/s){missing}</div>"
+        f"<div class='note good'>{done.frames} frames in {_time(done.seconds, digits=1)} "
+        f"({rate:.{1 if rate >= 1 else 2}f} frames/s){missing}{small}</div>"
     )
 
 
@@ -216,7 +221,7 @@ def _bar(share: float, doing: str, left: str) -> str:
     )
 
 
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min"
+def _time(seconds: float, *, digits: int = 0) -> str:
+    if seconds < 10:
+        return f"{seconds:.{digits}f} s"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -62,7 +62,10 @@ class Outcome:
         frames: how many.
         missing: frames without a usable face, unchanged.
         seconds: wall time.
-        report: what was compiled and applied.
+        times: seconds by kind of work, in the order of a chunk's way; overlapping work counts in
+            each.
+        notes: what the report remarks on.
+        report: what was compiled and applied, in words.
     """
 
     synced: Path
@@ -70,6 +73,8 @@ class Outcome:
     frames: int
     missing: int
     seconds: float
+    times: dict[str, float]
+    notes: list[str]
     report: str
 
 
@@ -223,6 +228,7 @@ class Runner:
         order, begin = job.order, time.perf_counter()
         with listening(job.hear):
             pipeline = self._compiled(order.preset)
+            earlier = pipeline.lsync.report().times
             synced = job.folder / f"{order.video.stem}_synced.mp4"
             original = job.folder / f"{order.video.stem}_original.mp4"
             info = probe(order.video)
@@ -258,13 +264,19 @@ class Runner:
                     for frame, before in zip(chunk.frames, chunk.original, strict=True):
                         writer.write(frame)
                         beside.write(_shrunk(before, small))
+        report = pipeline.lsync.report()
         return Outcome(
             synced=synced,
             original=original,
             frames=writer.frames_written,
             missing=missing,
             seconds=time.perf_counter() - begin,
-            report=str(pipeline.lsync.report()),
+            times={
+                work: record.seconds - (earlier[work].seconds if work in earlier else 0.0)
+                for work, record in report.times.items()
+            },
+            notes=report.notes,
+            report=str(report),
         )
 
 
