@@ -274,8 +274,8 @@ class ChunkSynthesizer:
             (1, self.vae.config.latent_channels, 1, side, side),
             generator=generator,
             device=self.device if generator is None else generator.device,
-            dtype=self.unet.dtype,
-        ).to(self.device)
+            dtype=torch.float32,  # torch 2.11 draws other numbers in half precision on a CPU
+        ).to(self.device, self.unet.dtype)
 
     def _condition(self, prepared: Prepared, audio: Tensor) -> Conditions:
         """What a chunk is conditioned on, with the sound of each frame, audio (f, S, D)."""
@@ -301,9 +301,10 @@ class ChunkSynthesizer:
 
     def _draw(self, moments: list[Tensor]) -> list[Tensor]:
         """Scaled latents (1, 4, f, h, w) from each posterior."""
-        # One draw a picture set, in order: which numbers a frame gets is part of the result.
+        # One draw a picture set, in order and in float32: the numbers are part of the result.
         draws: list[Tensor] = [
-            DiagonalGaussianDistribution(each).sample(self.job.generator) for each in moments
+            DiagonalGaussianDistribution(each.float()).sample(self.job.generator).to(each.dtype)
+            for each in moments
         ]
         shift = self.vae.config.shift_factor or 0.0
         factor = self.vae.config.scaling_factor

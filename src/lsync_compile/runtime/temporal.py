@@ -155,5 +155,6 @@ class TemporalCoherenceOptimizer:
         if self.noise == 0:
             return noise
         where = noise.device if generator is None else generator.device
-        fresh = torch.randn(noise.shape, generator=generator, device=where, dtype=noise.dtype)
-        return math.sqrt(1 - self.noise**2) * noise + self.noise * fresh.to(noise.device)
+        # In float32, as the run's noise is drawn.
+        fresh = torch.randn(noise.shape, generator=generator, device=where, dtype=torch.float32)
+        return math.sqrt(1 - self.noise**2) * noise + self.noise * fresh.to(noise)
