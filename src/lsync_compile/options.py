@@ -21,7 +21,7 @@ from lsync_compile.combinations import (
 from lsync_compile.entry_points import entered
 from lsync_compile.errors import OptionError
 from lsync_compile.graph_options import GraphOptions
-from lsync_compile.option_checks import PATHS, check, listed
+from lsync_compile.option_checks import PATHS, check, listed, shown
 from lsync_compile.option_checks import nearest as nearest
 from lsync_compile.presets import PRESETS as PRESETS
 from lsync_compile.run_options import RunOptions
@@ -100,25 +100,35 @@ def resolve_options(
     for name, value in [*(options or {}).items(), *more.items()]:
         if name not in OPTION_NAMES and name not in entered():
             known = [*OPTION_NAMES, *entered()]
-            raise OptionError(f"unknown option {name!r}{nearest(str(name), known)}")
+            raise OptionError(f"unknown option {shown(name)}{nearest(str(name), known)}")
         if value is None:
             continue
         place = given if name in OPTION_NAMES else switches
-        if name in place and place[name] != value:
-            raise OptionError(f"option {name} is given twice: {place[name]!r} and {value!r}")
+        if name in place and not _same(place[name], value):
+            both = f"{shown(place[name])} and {shown(value)}"
+            raise OptionError(f"option {name} is given twice: {both}")
         place[name] = value
     if switches:
         given["plugins"] = _with_switches(given.get("plugins", {}), switches)
     if mode is not None and mode != "default":
-        if mode not in PRESETS:
+        if not isinstance(mode, str) or mode not in PRESETS:
             hint = nearest(str(mode), PRESETS)
-            raise OptionError(f"unknown mode {mode!r}{hint}; modes are {listed(PRESETS)}")
-        if given.setdefault("preset", mode) != mode:
-            raise OptionError(f"mode {mode!r} contradicts the option preset={given['preset']!r}")
+            raise OptionError(f"unknown mode {shown(mode)}{hint}; modes are {listed(PRESETS)}")
+        if not _same(given.setdefault("preset", mode), mode):
+            preset = shown(given["preset"])
+            raise OptionError(f"mode {mode!r} contradicts the option preset={preset}")
     preset = check("preset", given.pop("preset", default_preset), tuple(PRESETS))
     return LatentSyncSpeedOptimizer(PRESETS[preset], given).combine(
         functools.partial(Options, preset=preset)
     )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are equal; arrays and the like, which cannot tell, are not."""
+    try:
+        return bool(one == other)
+    except (ValueError, TypeError, RuntimeError):
+        return False
 
 
 def _with_switches(plugins: Any, switches: Mapping[str, Any]) -> Any:
@@ -126,10 +136,11 @@ def _with_switches(plugins: Any, switches: Mapping[str, Any]) -> Any:
     if plugins is True:
         plugins = {}
     if not isinstance(plugins, Mapping):
-        raise OptionError(f"option plugins={plugins!r} contradicts the option {min(switches)}")
+        raise OptionError(f"option plugins={shown(plugins)} contradicts the option {min(switches)}")
     for name, value in switches.items():
-        if plugins.get(name, value) != value:
-            raise OptionError(f"option {name} is given twice: {plugins[name]!r} and {value!r}")
+        if not _same(plugins.get(name, value), value):
+            both = f"{shown(plugins[name])} and {shown(value)}"
+            raise OptionError(f"option {name} is given twice: {both}")
     return {**plugins, **switches}
 
 

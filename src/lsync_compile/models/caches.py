@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from lsync_compile.errors import OptionError
 from lsync_compile.media.sources import ClipSource, FrameArray
 from lsync_compile.models.job import Job
 from lsync_compile.report import Session
 from lsync_compile.runtime.clip_cache import ClipCache, ClipStore, clip_key, networks_key
 from lsync_compile.runtime.encodings import Encodings
 from lsync_compile.runtime.face_cache import CachedFaceDetector
+from lsync_compile.runtime.timeline import check_trace_path
+
+log = logging.getLogger(__name__)
 
 
 def wanted(session: Session | None, option: str, device: torch.device) -> bool:
@@ -40,6 +45,8 @@ class JobCaches:
         if job.session is None:
             return
         options = job.session.options
+        if options.trace is not None:
+            check_trace_path(options.trace)  # before the work, not after
         if options.clip_cache:
             cache = ClipCache(limit=math.floor(options.clip_cache_gib * 2**30))
             faces = f"{type(pipeline.detector).__name__} {job.fps} " + " ".join(
@@ -87,7 +94,11 @@ class JobCaches:
             for each in seconds:
                 session.time(work, each)
         if session.options.trace is not None:
-            job.timeline.save(session.options.trace)
+            try:
+                job.timeline.save(session.options.trace)
+            except (OSError, OptionError) as error:  # a full disk must not cost the film
+                session.note(f"no trace was written: {error}")
+                log.warning("no trace was written: %s", error)
 
 
 # What faces depend on, beside the clip and the detector.

@@ -76,7 +76,7 @@ def read_yaml(path: Path) -> YamlConfig | None:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: cannot be read as YAML ({reason})") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):

@@ -127,7 +127,7 @@ class MelAudioEncoder(EncoderModule):
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             config.pop("class", None)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path}: is no audio encoder's configuration ({error})"
             ) from error

@@ -219,7 +219,7 @@ def _read_openai(path: Path) -> tuple[WhisperConfig, dict[str, Tensor], Path]:
 def _read_folder(path: Path) -> tuple[WhisperConfig, dict[str, Tensor], Path]:
     try:
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / 'config.json'}: cannot be read ({error})") from error
     config = _config(values, path / "config.json")
     names = ("model.safetensors", "pytorch_model.bin")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lsync_compile.errors import OptionError
+from lsync_compile.option_checks import TRACE_SUFFIXES
 
 
 @dataclass
@@ -169,12 +170,14 @@ class Timeline:
 
 
 def check_trace_path(path: str | Path) -> Path:
-    """The path, if its suffix names a form of trace.
+    """The path, if its suffix names a form of trace and its folder is there.
 
     Raises:
-        OptionError: it does not.
+        OptionError: it does not, or is not.
     """
     path = Path(path)
-    if path.suffix not in (".json", ".png", ".svg"):
+    if path.suffix not in TRACE_SUFFIXES:
         raise OptionError(f"trace {path}: the name must end in .json, .png or .svg")
+    if not path.parent.is_dir():
+        raise OptionError(f"trace {path}: the folder {path.parent} does not exist")
     return path
