@@ -105,7 +105,8 @@ def _codecs() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    for extra, package in (("quality", "torchmetrics"), ("insightface", "insightface")):
+    extras = (("quality", "torchmetrics"), ("insightface", "insightface"), ("web", "gradio"))
+    for extra, package in extras:
         try:
             yield Finding(f"extra {extra}", "ok", importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:

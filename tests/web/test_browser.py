@@ -119,7 +119,7 @@ class Browser:
             self.page.click("text=More")
         self.page.fill("#steps input[type=number]", str(steps))
 
-    def status(self, text: str, seconds: float = 60) -> None:
+    def status(self, text: str, seconds: float = 120) -> None:
         self.page.wait_for_selector(f"#status :text('{text}')", timeout=seconds * 1000)
 
 
@@ -210,7 +210,7 @@ def test_a_closed_page_ends_its_job(
     page.click("#sync")
     browser.status("left")
     page.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while list(site.folder.glob("tmp*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not list(site.folder.glob("tmp*"))

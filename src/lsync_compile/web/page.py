@@ -180,9 +180,8 @@ def say_done(done: Outcome) -> str:
     rate = done.frames / done.seconds
     worth = {work: seconds for work, seconds in done.times.items() if seconds >= 0.05}
     times = " · ".join(f"{work} {_time(seconds, digits=1)}" for work, seconds in worth.items())
-    small = "".join(
-        f"<div class='small'>{html.escape(line)}</div>" for line in (times, *done.notes)
-    )
+    lines = [html.escape(line) for line in (times, *done.notes) if line]
+    small = "".join(f"<div class='small'>{line}</div>" for line in lines)
     return (
         f"<div class='note good'>{done.frames} frames in {_time(done.seconds, digits=1)} "
         f"({rate:.{1 if rate >= 1 else 2}f} frames/s){missing}{small}</div>"
