@@ -169,6 +169,13 @@ def sync(
         ),
     ] = None,
     dtype: NumberFormat = None,
+    guard_every: Annotated[
+        int | None,
+        typer.Option(min=0, help="Also compute one chunk in so many exactly; fall back if far."),
+    ] = None,
+    guard_floor: Annotated[
+        float | None, typer.Option(min=0.0, help="Least PSNR of the mouth then, dB; 30 if not set.")
+    ] = None,
     clip_cache: Annotated[
         bool,
         typer.Option(
@@ -189,7 +196,7 @@ def sync(
     from lsync_compile.jobs.listing import ListedJob
     from lsync_compile.jobs.settings import SyncSettings
     from lsync_compile.runtime.timeline import check_trace_path
-    from lsync_compile.tune.configuration import read_configuration
+    from lsync_compile.tune.configuration import read_conditions, read_configuration
 
     if trace is not None:
         check_trace_path(trace)
@@ -199,28 +206,31 @@ def sync(
         raise OptionError("--devices spreads the clips of --jobs; for one clip use --device")
     if config is not None and preset is not None:
         raise OptionError("give --preset or --config, one of the two")
-    options: dict[str, Any] | None = None
-    if compiled:
-        base = {"preset": (preset or Preset.balanced).value}
-        given: dict[str, Any] = {
-            "lowering": lowering.value if lowering else None,
-            "strict": strict or None,
-            "clip_cache": clip_cache or None,
-            "trace": trace,
-        }
-        options = base if config is None else read_configuration(config)
-        options.update((name, value) for name, value in given.items() if value is not None)
-    elif lowering is not None or strict or clip_cache or trace is not None or config is not None:
+    given: dict[str, Any] = {
+        "lowering": lowering.value if lowering else None,
+        "strict": strict or None,
+        "clip_cache": clip_cache or None,
+        "trace": trace,
+        "guard_every": guard_every,
+        "guard_floor": guard_floor,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if not compiled and (given or config is not None):
         raise OptionError(
-            "--no-compile leaves nothing for --config, --lowering, --strict, --clip-cache or "
-            "--trace to act on"
+            "--no-compile leaves nothing for --config, --lowering, --strict, --clip-cache, "
+            "--guard-every or --trace to act on"
         )
+    base = {"preset": (preset or Preset.balanced).value}
+    options = {**(base if config is None else read_configuration(config)), **given}
+    if guard_floor is not None and not options.get("guard_every"):
+        raise OptionError("--guard-floor does nothing without --guard-every")
     settings = SyncSettings(
         checkpoint=checkpoint,
         resolution=resolution,
         detector=detector.value,
         dtype=dtype,
-        options=options,
+        options=options if compiled else None,
+        measured_with={} if config is None else read_conditions(config),
         seed=seed,
         arguments={
             "num_frames": num_frames,

@@ -69,6 +69,10 @@ class Handle:
         """A snapshot of what was compiled, what was applied and how often it ran."""
         return self._session.report()
 
+    def note(self, text: str) -> bool:
+        """Add a line to the report; False where it stands there already."""
+        return self._session.note(text)
+
     def undo(self) -> Any:
         """The object as it was before compiling."""
         return self._original

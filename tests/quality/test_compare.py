@@ -111,6 +111,25 @@ def test_a_run_keeps_frames_and_puts_the_scheduler_back() -> None:
     assert score(again.synced, run.synced).psnr.note == "identical"
 
 
+def test_a_part_of_a_run_is_what_was_run_there() -> None:
+    run = collect(StandIn(missing=(9,)), "clip.mp4", None, Setting("reference"), max_frames=20)
+    part = run.part(16, 20)
+    assert (len(part), part.starts, part.chunk_seconds) == (4, [0], run.chunk_seconds[1:])
+    assert torch.equal(part.synced.clip(0, 4), run.synced.clip(16, 20))
+    assert torch.equal(part.synced.part(1, 9).clip(0, 3), run.synced.clip(17, 20))
+    assert run.part(0, 16).has_face == [True] * 9 + [False] + [True] * 6
+
+
+def test_the_error_of_the_speed_is_by_how_chunks_differ() -> None:
+    run = Run(Setting("a"), torch.zeros(1, 2, 2))
+    run.has_face, run.starts = [True] * 34, [0, 8, 16, 24, 32]
+    run.chunk_seconds = [9.0, 1.0, 1.1, 0.9, 0.2]  # the first compiles, the last is short
+    assert run.frames_per_second == pytest.approx(8 / 1.05)
+    assert run.speed_error == pytest.approx(1.48 * 0.1 / 1.05 * 1.25 / 2)
+    run.chunk_seconds = [1.0] * 5
+    assert run.speed_error == 0.0
+
+
 def test_a_clip_without_a_face_cannot_be_judged() -> None:
     pipeline = StandIn(missing=tuple(range(20)))
     with pytest.raises(NoFaceError, match=r"clip\.mp4: no frame shows a usable face"):

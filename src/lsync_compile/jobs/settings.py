@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from lsync_compile.jobs.listing import ListedJob
 
 if TYPE_CHECKING:
     from lsync_compile.models.job import LipsyncOutput
+
+log = logging.getLogger(__name__)
 
 Advance = Callable[[int, int], None]  # called with the denoising steps done and their total
 
@@ -27,6 +30,9 @@ class SyncSettings:
         dtype: of the UNet and the VAE; None is float16 on a GPU and float32 on a CPU.
         options: of ``torch.compile(pipe, backend="lsync")``; None runs the plain pipeline. Without
             a lowering among them it is inductor on a GPU and eager on a CPU.
+        measured_with: the conditions that the options were measured under, from
+            :func:`lsync_compile.tune.configuration.read_conditions`; where they are not those of
+            the run, the report and the log say so.
         seed: of all random draws of each clip, so that a clip does not depend on the others.
         arguments: further ones of the pipeline's call, such as ``num_inference_steps``.
     """
@@ -36,6 +42,7 @@ class SyncSettings:
     detector: str = "mtcnn"
     dtype: DType | None = None
     options: Mapping[str, Any] | None = field(default_factory=dict)
+    measured_with: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 1247
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,12 +69,29 @@ class SyncSettings:
             usual = "inductor" if place.type == "cuda" else "eager"
             options = {"lowering": usual, **self.options}
             pipe = torch.compile(pipe, backend="lsync", options=options)
+            self._check_conditions(pipe)
         return Syncer(self, pipe, place)
 
     def prepare(self, device: str, workers: int) -> Syncer:
         """:meth:`load`, in one of several processes that share the machine's cores."""
         fit_threads(workers)
         return self.load(device)
+
+    def _check_conditions(self, pipe: Any) -> None:
+        """Say where options were measured under other conditions than they are used."""
+        if not self.measured_with:
+            return
+        from lsync_compile.tune.configuration import conditions_of, misfits
+
+        here = conditions_of(
+            pipe,
+            lowering=pipe.lsync.options.lowering,
+            steps=self.arguments.get("num_inference_steps", 20),
+            num_frames=self.arguments.get("num_frames", 16),
+        )
+        for line in misfits(self.measured_with, here):
+            pipe.lsync.note(f"tuned options: {line}")
+            log.warning("tuned options: %s", line)
 
 
 class Syncer:

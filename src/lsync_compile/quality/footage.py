@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,7 @@ class Footage:
         self._file = tempfile.TemporaryFile(prefix="lsync-quality-")  # noqa: SIM115  lives on
         self._shape: tuple[int, ...] | None = None
         self._dtype: np.dtype[Any] = np.dtype(np.uint8)
+        self._first = 0  # picture of the file
         self._count = 0
         self._map: NDArray[Any] | None = None
 
@@ -46,6 +48,13 @@ class Footage:
         self._file.write(np.ascontiguousarray(picture).tobytes())
         self._count += 1
         self._map = None
+
+    def part(self, start: int, stop: int) -> Footage:
+        """Frames [start, stop), in the same file: not to be written to."""
+        part = copy.copy(self)
+        part._first, part._count = self._first + start, max(0, min(stop, self._count) - start)
+        part._map = None
+        return part
 
     def clip(self, start: int, stop: int) -> Tensor:
         """Frames [start, stop) as (F, 3, H, W) float32 in [0, 1]."""
@@ -77,5 +86,8 @@ class Footage:
         if self._map is None:
             self._file.flush()
             shape = (self._count, *self._shape)
-            self._map = np.memmap(self._file, dtype=self._dtype, mode="r", shape=shape)
+            offset = self._first * int(np.prod(self._shape)) * self._dtype.itemsize
+            self._map = np.memmap(
+                self._file, dtype=self._dtype, mode="r", offset=offset, shape=shape
+            )
         return self._map

@@ -155,10 +155,43 @@ class Run:
     @property
     def frames_per_second(self) -> float:
         """Speed of a typical chunk: the median over the full ones, so warm-up does not count."""
+        size, seconds = self._full_chunks()
+        typical = statistics.median(seconds)
+        return size / typical if typical > 0 else float("inf")
+
+    @property
+    def speed_error(self) -> float:
+        """Standard error of the speed as a share of it, by how much chunks differ."""
+        _, seconds = self._full_chunks()
+        typical = statistics.median(seconds)
+        if typical <= 0:
+            return 0.0
+        apart = statistics.median(abs(each - typical) for each in seconds)
+        # Of normally spread values: 1.48 median deviations are a standard deviation, and a median
+        # is off by 1.25 of them over the root of their number.
+        return float(1.48 * apart / typical * 1.25 / len(seconds) ** 0.5)
+
+    def part(self, start: int, stop: int) -> Run:
+        """Frames [start, stop) of it, both at borders of chunks or at the end."""
+        chunks = [place for place, first in enumerate(self.starts) if start <= first < stop]
+        return Run(
+            self.setting,
+            self.mask,
+            originals=self.originals.part(start, stop),
+            frames=self.frames.part(start, stop),
+            faces=self.faces.part(start, stop),
+            synced=self.synced.part(start, stop),
+            has_face=self.has_face[start:stop],
+            starts=[self.starts[place] - start for place in chunks],
+            chunk_seconds=[self.chunk_seconds[place] for place in chunks],
+        )
+
+    def _full_chunks(self) -> tuple[int, list[float]]:
+        """Frames of a full chunk, and the wall time of each."""
         sizes = [stop - start for start, stop in zip(self.starts, self._stops(), strict=True)]
-        full = [s for s, size in zip(self.chunk_seconds, sizes, strict=True) if size == max(sizes)]
-        typical = statistics.median(full)
-        return max(sizes) / typical if typical > 0 else float("inf")
+        full = max(sizes)
+        timed = zip(self.chunk_seconds, sizes, strict=True)
+        return full, [seconds for seconds, size in timed if size == full]
 
     def _stops(self) -> list[int]:
         return [*self.starts[1:], len(self)]

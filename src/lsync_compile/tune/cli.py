@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from lsync_compile.bars import progress_bars
 from lsync_compile.errors import MediaError
 
-if TYPE_CHECKING:
-    from lsync_compile.tune.search import Trial
-
 TOO_SLOW = 1
+UNFINISHED = 75  # EX_TEMPFAIL: the same call goes on
 MIN_CHUNKS = 3
 
 
@@ -35,15 +31,23 @@ def tune(
     min_fps: Annotated[
         float | None, typer.Option(help="Leave with code 1 where the answer is slower than this.")
     ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(min=0.0, help="Start no trial that would end later.")
+    tolerance: Annotated[
+        float,
+        typer.Option(min=0.0, max=0.5, help="Share of the speed to give away for quality."),
+    ] = 0.03,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Start no trial that would end later; the same call goes on."),
     ] = None,
     checkpoint: Annotated[
         str, typer.Option(help="'mini' (bundled) or a LatentSync 1.5/1.6 checkpoint folder.")
     ] = "mini",
     max_frames: Annotated[
-        int, typer.Option(min=1, help="Of the clip; at least three chunks tell most.")
+        int, typer.Option(min=1, help="Of the clip, to choose by; at least three chunks tell most.")
     ] = 64,
+    held_out: Annotated[
+        int, typer.Option(min=0, help="Frames after those, to confirm the choice on; 0: none.")
+    ] = 32,
     num_frames: Annotated[int, typer.Option(min=1, help="Frames a chunk.")] = 16,
     steps: Annotated[
         int, typer.Option(min=2, max=1000, help="Denoising steps of the unoptimised run.")
@@ -64,15 +68,23 @@ def tune(
     """Measure options on a clip and write the fastest ones that stay above the floor.
 
     Runs the clip once as it is and once for each candidate, from careful to bold: fewer steps, the
-    path of the chunk before, the decoder's crop, lip attention, deep features. What is written is
-    good for this clip's kind, this checkpoint and this machine; `guard_every` watches it on others.
+    path of the chunk before, the decoder's crop, lip attention, deep features. Of what is about as
+    fast as the fastest, the best in quality is chosen, and confirmed on frames that it was not
+    chosen by. What is written is good for this clip's kind, this checkpoint and this machine;
+    `lsync sync --config` says where it is used with others, and `--guard-every` watches it.
     """
+    from dataclasses import asdict
+
     from lsync_compile.devices import choose_device
     from lsync_compile.quality.cli import load_pipeline
     from lsync_compile.quality.compare import Clip, describe_machine
-    from lsync_compile.tune.configuration import write_configuration
+    from lsync_compile.runtime.clip_cache import clip_key
+    from lsync_compile.tune.configuration import conditions_of, write_configuration
+    from lsync_compile.tune.kept import KeptTrials
     from lsync_compile.tune.measuring import Bench
-    from lsync_compile.tune.search import best_of, groups, walk
+    from lsync_compile.tune.report import print_answer, to_dict
+    from lsync_compile.tune.search import Budget, groups
+    from lsync_compile.tune.tuning import tune_on
 
     if not output.parent.is_dir():
         raise MediaError(f"{output}: the folder {output.parent} does not exist")
@@ -85,61 +97,69 @@ def tune(
             f"--max-frames {max_frames} is less than {MIN_CHUNKS} chunks: what a chunk learns "
             "from the one before hardly shows"
         )
-    trials: list[Trial] = []
+    lowering = lowering or ("inductor" if place.type == "cuda" else "eager")
+    budget = Budget(seconds)
+    conditions = conditions_of(pipeline, lowering=lowering, steps=steps, num_frames=num_frames)
+    subject = {
+        "clip": clip_key(video),
+        "audio": None if audio is None else clip_key(audio),
+        "conditions": asdict(conditions),
+        "detector": detector,
+        "max_frames": max_frames,
+        "held_out": held_out,
+    }
+    kept = KeptTrials(output.with_name(f"{output.name}.trials"), subject)
+    if len(kept):
+        console.print(f"{kept.path}: goes on after {len(kept)} runs", highlight=False)
     with progress_bars(console) as bar:
         bench = Bench(
             pipeline,
             Clip(video, audio),
             max_frames=max_frames,
+            held_out=held_out,
             num_frames=num_frames,
             steps=steps,
-            lowering=lowering or ("inductor" if place.type == "cuda" else "eager"),
+            lowering=lowering,
             progress=bar,
         )
         try:
-            plain = bench.reference.frames_per_second
-            trials.extend(
-                walk(bench.measure, min_psnr=min_psnr, minutes=minutes, tried=groups(steps))
-            )
+            tuned = tune_on(
+                bench, kept, min_psnr=min_psnr, tolerance=tolerance, budget=budget,
+                tried=groups(steps),
+            )  # fmt: skip
+            frames = bench.tuned, bench.held_out
         finally:
             bench.close()
-    best = best_of(trials)
-    about = {
-        "measured": best.to_dict()["measured"],
+    found = {
+        **to_dict(tuned, min_psnr),
         "min_psnr": min_psnr,
-        "steps": steps,
-        "unoptimised_fps": round(plain, 3),
-        "clip": video.name,
+        "tolerance": tolerance,
+        "frames": frames[0],
+        "held_out": frames[1],
+        "video": video.name,
+        "audio": None if audio is None else audio.name,
         "checkpoint": checkpoint,
-        "machine": describe_machine(pipeline),
-        "tried": [trial.to_dict() for trial in trials],
+        "subject": subject,
+        "conditions": subject["conditions"],
+        "date": describe_machine(pipeline)["date"],
     }
-    write_configuration(output, best.options, **about)
+    write_configuration(output, tuned.chosen.options, **found)
+    if tuned.complete:
+        kept.remove()
     if as_json:
-        typer.echo(json.dumps({"options": best.options, **about, "file": str(output)}, indent=2))
+        answer = {"options": tuned.chosen.options, **found, "file": str(output)}
+        typer.echo(json.dumps(answer, indent=2))
     elif not quiet:
-        print_trials(trials, plain, Console())
-        typer.echo(f"{best.name}: {best.measured.fps:.2f} frames/s, written to {output}")
-    if min_fps is not None and best.measured.fps < min_fps:
+        print_answer(tuned, Console(), min_psnr=min_psnr, tolerance=tolerance, frames=frames)
+        sound = "" if audio is None else f" {audio}"
+        typer.echo(f"use it: lsync sync {video}{sound} -o out.mp4 --config {output}")
+    if not tuned.complete:
+        typer.echo("lsync: out of time; the same call goes on", err=True)
+        raise typer.Exit(UNFINISHED)
+    if min_fps is not None and tuned.chosen.measured.fps < min_fps:
         typer.echo(
-            f"lsync: {best.measured.fps:.2f} frames/s at {min_psnr:g} dB and above; "
+            f"lsync: {tuned.chosen.measured.fps:.2f} frames/s at {min_psnr:g} dB and above; "
             f"{min_fps:g} were asked for",
             err=True,
         )
         raise typer.Exit(TOO_SLOW)
-
-
-def print_trials(trials: list[Trial], plain: float, console: Console) -> None:
-    """The table of what was tried."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("", "frames/s", "PSNR dB", "SSIM", "flicker", ""):
-        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
-    table.add_row("unoptimised", f"{plain:.2f}", "", "", "", "", style="dim")
-    for trial in trials:
-        found = trial.measured
-        psnr = "equal" if found.psnr == float("inf") else f"{found.psnr:.2f}"
-        table.add_row(
-            trial.name, f"{found.fps:.2f}", psnr, f"{found.ssim:.4f}", f"{found.flicker:.2f}",
-            trial.verdict, style=None if trial.verdict == "kept" else "dim",
-        )  # fmt: skip
-    console.print(table)
