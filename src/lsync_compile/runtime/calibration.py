@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lsync_compile.files import replaced
+from lsync_compile.errors import MediaError
+from lsync_compile.files import locked, replaced
 from lsync_compile.runtime.cache_folder import cache_folder
+
+log = logging.getLogger(__name__)
 
 SAMPLES = 16  # values of each weight that tell one checkpoint from another
 VERSION = 1
@@ -74,27 +78,63 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def load_calibrations(unet: nn.Module) -> dict[tuple[int, int, str], Calibration]:
-    """All calibrations of a UNet by :attr:`Calibration.key`; a file of another version has none."""
-    path = calibration_file(unet)
-    if not path.is_file():
+    """All calibrations of a UNet by :attr:`Calibration.key`.
+
+    A file of another version has none, and a damaged one neither, which the log says.
+    """
+    return _read(calibration_file(unet))
+
+
+def _read(path: Path) -> dict[tuple[int, int, str], Calibration]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            return {}
+        found = [_checked(each) for each in content["calibrations"]]
+    except FileNotFoundError:
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["version"] != VERSION:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        log.warning("%s: its calibrations cannot be read and are not used: %s", path, error)
         return {}
-    found = (Calibration(**_tupled(each)) for each in content["calibrations"])
     return {each.key: each for each in found}
 
 
 def save_calibration(unet: nn.Module, calibration: Calibration) -> Path:
-    """File a calibration in place of the one of the same key; returns the file."""
-    known = {**load_calibrations(unet), calibration.key: calibration}
+    """File a calibration in place of the one of the same key; returns the file.
+
+    Processes that do so at the same time take turns, so that none loses what another found.
+
+    Raises:
+        MediaError: the cache folder cannot be written to.
+    """
     path = calibration_file(unet)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(known[key]) for key in sorted(known)]
-    with replaced(path) as partial:  # at once: another process may be reading
-        partial.write_text(json.dumps({"version": VERSION, "calibrations": rows}, indent=1))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            known = {**_read(path), calibration.key: calibration}
+            rows = [asdict(known[key]) for key in sorted(known)]
+            with replaced(path) as partial:  # at once: another process may be reading
+                partial.write_text(json.dumps({"version": VERSION, "calibrations": rows}, indent=1))
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be written: {error.strerror}") from error
     return path
 
 
-def _tupled(values: dict[str, Any]) -> dict[str, Any]:
-    return {**values, "computed": tuple(values["computed"])}
+def _checked(values: dict[str, Any]) -> Calibration:
+    """One entry of a file.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is none.
+    """
+    found = Calibration(**{**values, "computed": tuple(values["computed"])})
+    whole = (found.steps, found.branch, found.frames, *found.computed)
+    numbers = (found.mouth_psnr, found.floor)
+    if (
+        any(type(each) is not int or each < 0 for each in whole)
+        or any(type(each) not in (int, float) for each in numbers)
+        or not (isinstance(found.predictor, str) and isinstance(found.clip, str))
+        or not found.computed
+        or max(found.computed) >= found.steps
+    ):
+        raise ValueError(f"no calibration: {values}")
+    return found

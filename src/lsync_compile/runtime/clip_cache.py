@@ -5,7 +5,7 @@ is known by a hash of its whole file, so a changed file is another clip, whateve
 date; what depends on options or networks is kept beside it under a hash of those.
 
     <cache folder>/clips/<clip>/<faces>.npz        landmarks by frame
-    <cache folder>/clips/<clip>/<encodings>.bin    one record a frame, after a JSON line
+    <cache folder>/clips/<clip>/<encodings>.bin    one record a frame, after a checksum and JSON
 
 Files are written under a temporary name and renamed when complete, so runs at the same time, or
 broken off, never see half a file. Each encoding has a checksum; what does not match is not used.
@@ -37,8 +37,13 @@ from lsync_compile.files import replaced
 from lsync_compile.media.faces import Face
 from lsync_compile.runtime.cache_folder import cache_folder
 
-FORMAT = 1  # of the files; another one is another cache
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+FORMAT = 2  # of the files; another one is another cache
+# What numpy and the parsers raise for files that are damaged, or that claim to hold terabytes.
+_DAMAGED = (
+    *(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, IndexError),
+    *(TypeError, AttributeError, SyntaxError, OverflowError, MemoryError, RuntimeError),
+)
+_MOST_HEAD = 2**26  # bytes of the line that says what a file of encodings holds
 
 
 def clip_key(path: str | Path) -> str:
@@ -112,8 +117,8 @@ class ClipCache:
         """All clips, the least recently used first."""
         now = time.time()
         found = []
-        for folder in self.folder.iterdir() if self.folder.is_dir() else ():
-            with contextlib.suppress(FileNotFoundError):  # removed by another run
+        for folder in _inside(self.folder):
+            with contextlib.suppress(OSError):  # removed by another run, or none of ours
                 size = sum(file.stat().st_size for file in folder.iterdir())
                 found.append(ClipEntry(folder.name, size, now - folder.stat().st_mtime))
         return sorted(found, key=lambda entry: -entry.age)
@@ -133,6 +138,14 @@ class ClipCache:
                 return
             shutil.rmtree(self.folder / entry.key, ignore_errors=True)
             total -= entry.bytes
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What is in a folder; nothing where there is none, or none that may be read."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 class ClipStore:
@@ -210,17 +223,18 @@ def _write_faces(path: Path, faces: Mapping[int, Face | None]) -> None:
 def _read_faces(path: Path) -> dict[int, Face | None]:
     try:
         with np.load(path) as data:
-            places, rows = data["places"], data["rows"]
+            places, rows = data["places"].astype(np.int64, casting="safe"), data["rows"]
+        return {
+            int(place): None if np.isnan(row).any() else _face(row)
+            for place, row in zip(places, rows, strict=True)
+        }
     except _DAMAGED:  # or not there: found anew
         return {}
-    faces: dict[int, Face | None] = {}
-    for place, row in zip(places.tolist(), rows, strict=True):
-        faces[place] = (
-            None
-            if np.isnan(row[0])
-            else Face(row[:4], row[4:14].reshape(5, 2), row[14:20].reshape(3, 2), float(row[20]))
-        )
-    return faces
+
+
+def _face(row: np.ndarray) -> Face:
+    box, points, landmarks, (score,) = np.split(row.astype(np.float64), [4, 14, 20])
+    return Face(box, points.reshape(5, 2), landmarks.reshape(3, 2), float(score))
 
 
 class _Records:
@@ -231,13 +245,16 @@ class _Records:
         self._index: dict[tuple[int, int], tuple[int, int]] = {}
         self._shape: tuple[int, ...] = ()
         self._dtype = torch.float32
-        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+        with contextlib.suppress(*_DAMAGED):
             self._open(path)  # not there, or damaged: encoded anew
 
     def _open(self, path: Path) -> None:
         with path.open("rb") as file:
-            head = json.loads(file.readline())
+            check, _, text = file.readline(_MOST_HEAD).partition(b" ")
             start = file.tell()
+        if int(check, 16) != zlib.crc32(text):
+            return  # its records would be taken for other frames'
+        head = json.loads(text)
         shape, dtype = tuple(head["shape"]), getattr(torch, head["dtype"])
         size = int(np.prod(shape)) * torch.empty(0, dtype=dtype).element_size()
         data = np.memmap(path, dtype=np.uint8, mode="r", offset=start)
@@ -317,8 +334,9 @@ class _FreshRecords:
             "dtype": str(self._dtype).removeprefix("torch."),
             "records": heads + self._heads,
         }
+        text = json.dumps(head).encode() + b"\n"
         with replaced(path) as partial, partial.open("wb") as file:
-            file.write(json.dumps(head).encode() + b"\n")
+            file.write(b"%08x " % zlib.crc32(text) + text)
             for _, _, data in kept:
                 file.write(data)
             self._file.seek(0)
