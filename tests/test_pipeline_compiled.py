@@ -53,8 +53,11 @@ def test_frames_are_the_same_bits_and_a_second_clip_compiles_nothing(
     monkeypatch.setattr(module, "VideoWriter", Recorder)
     torch._dynamo.reset()
     clip, speech = make_clip(8), make_speech(0.28)  # 7 frames: a chunk of 4 and a short one of 3
+    seen: list[int] = []
+    done: list[tuple[int, int]] = []
 
     def run(pipe: LatentSyncPipeline, *, steps: int = 2, source: Path = clip) -> list:
+        seen.clear()
         pipe(
             source,
             speech,
@@ -63,6 +66,8 @@ def test_frames_are_the_same_bits_and_a_second_clip_compiles_nothing(
             num_inference_steps=steps,
             guidance_scale=1.5,
             generator=torch.Generator().manual_seed(0),
+            callback=lambda step, timestep, latents: seen.append(step),
+            progress=lambda so_far, total: done.append((so_far, total)),
         )
         return list(written)
 
@@ -71,6 +76,8 @@ def test_frames_are_the_same_bits_and_a_second_clip_compiles_nothing(
     fast = torch.compile(tiny_pipeline, backend="lsync", options=EXACT)
     assert isinstance(fast, LatentSyncPipeline)
     assert all(map(np.array_equal, run(fast), expected))
+    assert seen == [0, 1, 0, 1]
+    assert done[-1] == (4, 4)
 
     report = fast.lsync.report()
     unet = [graph for graph in report.graphs if graph.target == "unet"]
@@ -80,6 +87,8 @@ def test_frames_are_the_same_bits_and_a_second_clip_compiles_nothing(
 
     graphs = counters["stats"]["unique_graphs"]
     with torch._dynamo.config.patch(error_on_recompile=True):
+        fast.to(torch.float64).to(torch.float32)  # other tensors with the same values
+        assert all(map(np.array_equal, run(fast), expected))
         run(fast, steps=3, source=make_clip(5, name="other.mp4"))
         paced = {**EXACT, "temporal_start": "path", "temporal_strength": 0.5}
         assert torch.compile(tiny_pipeline, backend="lsync", options=paced) is fast

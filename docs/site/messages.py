@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "lsync_compile"
 PAGE = ROOT / "docs" / "troubleshooting.md"
-ROW = re.compile(r"^\| (`+) ?(.+?) ?\1 \|", re.MULTILINE)
+CELL = re.compile(r"^\| (`.+?`) \|", re.MULTILINE)
+CODE = re.compile(r"(?<!`)(`+) ?(.+?) ?\1(?!`)")
 NOTES = "## Warnings and notes"  # from here on the page is about what is no error
 FEWEST_LETTERS = 9  # a row with fewer that begins with anything would match anything
 
@@ -48,14 +49,13 @@ def messages() -> dict[str, str]:
 def rows() -> list[str]:
     """The errors in the first column of the page's tables."""
     errors = PAGE.read_text("utf-8").partition(NOTES)[0]
-    return [match[2] for match in ROW.finditer(errors)]
+    return [code[2] for cell in CELL.findall(errors) for code in CODE.finditer(cell)]
 
 
 def notes() -> list[str]:
     """The texts in the first column of the table of notes."""
     table = PAGE.read_text("utf-8").partition(NOTES)[2]
-    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    return [text for cell in cells for text in re.findall("`([^`]+)`", cell)]
+    return [code[2] for cell in CELL.findall(table) for code in CODE.finditer(cell)]
 
 
 def matches(row: str, message: str) -> bool:

@@ -181,7 +181,44 @@ def test_progress_bars_and_interrupts(capsys: pytest.CaptureFixture[str]) -> Non
     assert fast.lsync.report().counters["calls"] == 2 + 4
 
 
-def test_inpainting_starts_in_the_middle_of_its_schedule() -> None:
+def keeps_working(
+    fast: CompiledPipeline, expected: Tensor, capsys: pytest.CaptureFixture[str], **more: Any
+) -> None:
+    """Callbacks, progress bars, another number of steps, dtypes there and back: nothing compiled.
+
+    Args:
+        fast: compiled, exact; it has run.
+        expected: of ``run(fast, **more)``.
+    """
+    seen: list[int] = []
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> Any:
+        seen.append(step)
+        return tensors
+
+    graphs = fast.lsync.report().counters["graphs"]
+    fast.set_progress_bar_config(disable=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(run(fast, callback_on_step_end=callback, **more), expected)
+        assert seen == list(range(len(seen)))
+        assert f"{len(seen)}/{len(seen)}" in capsys.readouterr().err
+        fast.set_progress_bar_config(disable=True)
+        assert not torch.equal(run(fast, **{**more, "steps": 3}), expected)
+        fast.to(torch.float64).to(torch.float32)  # other tensors with the same values
+        assert torch.equal(run(fast, **more), expected)
+    assert fast.lsync.report().counters["graphs"] == graphs
+
+
+def unet_alone(pipeline: Any, expected: Tensor, **more: Any) -> None:
+    """``pipeline.unet.compile`` on a plain pipeline gives its bits."""
+    assert torch.equal(run(pipeline, **more), expected)
+    pipeline.unet.compile(backend="lsync", options={"lowering": "eager"})
+    assert torch.equal(run(pipeline, **more), expected)
+
+
+def test_inpainting_starts_in_the_middle_of_its_schedule(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., 8:] = 1
@@ -190,18 +227,23 @@ def test_inpainting_starts_in_the_middle_of_its_schedule() -> None:
     expected = run(pipeline, 8, **more)
     fast = compiled(pipeline, deep_cache=True, deep_cache_interval=1)
     assert torch.equal(run(fast, 8, **more), expected)
+    keeps_working(fast, expected, capsys, steps=8, **more)
+    before = unet_graph(fast).deep_cache
+    assert before is not None
     fast = compiled(fast, deep_cache=True, deep_cache_interval=2)
     assert (run(fast, 8, **more) - expected).norm() < 0.2 * expected.norm()
     cache = unet_graph(fast).deep_cache
     assert cache is not None
-    assert (cache.computed, cache.reused) == (6 + 3, 3)  # 6 of 8 steps
+    assert (cache.computed, cache.reused) == (before.computed + 3, 3)  # 6 of 8 steps
+    unet_alone(fast.lsync.undo(), expected, steps=8, **more)
 
 
-def test_animatediff() -> None:
+def test_animatediff(capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = make(AnimateDiffPipeline)
     expected = run(pipeline, num_frames=4)
     fast = compiled(pipeline)
     assert torch.equal(run(fast, num_frames=4), expected)
+    keeps_working(fast, expected, capsys, num_frames=4)
     everything = {"kernels": "on", "guidance_prefix": True, "fuse_layer_norm": True}
     fast = compiled(fast, **everything, deep_cache=True, deep_cache_interval=2)
     near = run(fast, num_frames=4)
@@ -212,6 +254,7 @@ def test_animatediff() -> None:
     assert {name: found.get(name) for name in wanted} == wanted
     assert graph.deep_cache is not None
     assert (graph.deep_cache.computed, graph.deep_cache.reused) == (2, 2)
+    unet_alone(fast.lsync.undo(), expected, num_frames=4)
 
 
 def test_dtypes_and_saving(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_the_loop_is_honoured_bit_for_bit() -> None:
     # Nothing is compiled for other numbers of steps, or again.
     with torch._dynamo.config.patch(error_on_recompile=True):
         other = fast(*clip(3), num_inference_steps=3)
+        pipeline.unet.to(torch.float64).to(torch.float32)  # other tensors with the same values
         assert torch.equal(fast(*clip(3)), plain)
     assert fast.lsync.undo() is pipeline
     assert torch.equal(pipeline(*clip(3), num_inference_steps=3), other)
