@@ -54,6 +54,8 @@ def site(tiny_pipeline: LatentSyncPipeline, monkeypatch: pytest.MonkeyPatch) -> 
 
     vars(tiny_pipeline)["lsync"] = Told("what <was> done")
     with listening_socket("127.0.0.1", 0) as (taken, address), scratch_folder() as folder:
+        # where Gradio makes folders is settled when it is imported, for the first of several sites
+        monkeypatch.setattr("gradio.routes.DEFAULT_TEMP_DIR", os.environ["GRADIO_TEMP_DIR"])
         served = Site(address.url, folder, tiny_pipeline)
         connect = socket.socket.connect
 
