@@ -35,11 +35,12 @@ lint: $(BIN)/.installed  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Opens from the disk; `python3 -m http.server -d out/site` gives it a working search too.
 docs: $(BIN)/.installed  ## Build the documentation's site into out/site
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	$(BIN)/python docs/site/tables.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir $(abspath $(OUT))/site
+	@echo "site:   $(OUT)/site/index.html"
+	@echo "search: python3 -m http.server -d $(OUT)/site"
 
 # What was measured before is kept: the same call goes on with what is missing.
 bench: $(BIN)/.installed  ## Time and judge: LatentSync's full size on a GPU, a check on a CPU

@@ -178,6 +178,14 @@ def test_the_eleven_optimisations_and_their_options_exist() -> None:
         assert set(re.findall(r"`(\w+)`", row[2])) <= set(OPTION_NAMES)
 
 
+def test_every_room_is_in_the_architecture() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rooms = {path.parent.name for path in (ROOT / "src" / "lsync_compile").glob("*/__init__.py")}
+    assert {room for room in rooms if f"`{room}/`" not in page} == set()
+    for path in re.findall(r"`((?:tests|\w+)/[\w/]+\.py)`", page):
+        assert (ROOT / path).is_file() or (ROOT / "src" / "lsync_compile" / path).is_file(), path
+
+
 def test_what_is_verified_where_names_tests_that_exist() -> None:
     page = (ROOT / "docs" / "integrations.md").read_text("utf-8")
     named = dict(re.findall(r"^\| ([A-Z]\d+) \| `(.+)` \|$", page, re.MULTILINE))
