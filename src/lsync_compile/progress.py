@@ -11,9 +11,12 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
+
+from lsync_compile.scoped import scoped
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +69,9 @@ def waiting_words(compiling: Compiling, seconds: float | None) -> str:
     return f"compiling {compiling.name}, typically {compiling.typically} the first time"
 
 
-@contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def listening(listener: Listener) -> AbstractContextManager[Any]:
     """Take the news of this block, also of short waits; nothing is printed then."""
-    token = _listener.set(listener)
-    try:
-        yield
-    finally:
-        _listener.reset(token)
+    return scoped(_listener, listener)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from lsync_compile import LatentSyncPipeline, compile
 from lsync_compile.options import PRESETS, resolve_options
 from lsync_compile.runtime import guard as module
-from lsync_compile.runtime.guard import EQUAL_DB, levels, mouth_psnr
+from lsync_compile.runtime.guard import EQUAL_DB, guard_levels, mouth_psnr
 
 Maker = Callable[..., Path]
 # Bit for bit the plain networks.
@@ -91,15 +91,18 @@ def test_a_good_setting_is_only_watched_and_overlap_changes_nothing(
 def test_turbo_falls_back_to_balanced_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "balanced", {"few_steps": 8})
     monkeypatch.setitem(PRESETS, "turbo", {"few_steps": 4, "crop_decode": True})
-    turbo = levels(resolve_options("turbo", lowering="eager"))
+    turbo = guard_levels(resolve_options("turbo", lowering="eager"))
     assert [level.name for level in turbo] == ["turbo", "balanced", "exact"]
     assert [level.options.few_steps for level in turbo] == [4, 8, 0]
     assert [level.options.crop_decode for level in turbo] == [True, False, False]
     assert {level.options.lowering for level in turbo} == {"eager"}
-    assert [level.name for level in levels(resolve_options("balanced"))] == ["balanced", "exact"]
-    assert len(levels(resolve_options("exact"))) == 1
+    assert [level.name for level in guard_levels(resolve_options("balanced"))] == [
+        "balanced",
+        "exact",
+    ]
+    assert len(guard_levels(resolve_options("exact"))) == 1
     own = resolve_options("exact", solver="unipc", face_tolerance=1.0)
-    assert [level.options.solver for level in levels(own)] == ["unipc", "pipeline"]
+    assert [level.options.solver for level in guard_levels(own)] == ["unipc", "pipeline"]
 
 
 def test_everything_approximate_is_taken_back() -> None:

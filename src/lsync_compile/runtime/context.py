@@ -8,13 +8,14 @@ one run, chunk or step reaches the next.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lsync_compile.runtime.region import MouthRegion, current_region
+from lsync_compile.scoped import scoped
 
 Mode = Literal["recompute", "reuse"]
 
@@ -108,7 +109,6 @@ def current() -> StepContext | None:
     return _current.get()
 
 
-@contextmanager
 def step_context(
     run: Hashable,
     chunk: int,
@@ -118,11 +118,6 @@ def step_context(
     *,
     timestep: float | None = None,
     vouched: frozenset[str] = frozenset(),
-) -> Iterator[StepContext]:
+) -> AbstractContextManager[StepContext | None]:
     """Set :func:`current` for the block; the arguments are those of :class:`StepContext`."""
-    context = StepContext(run, chunk, step, steps, mode, timestep, vouched)
-    token = _current.set(context)
-    try:
-        yield context
-    finally:
-        _current.reset(token)
+    return scoped(_current, StepContext(run, chunk, step, steps, mode, timestep, vouched))

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from torch import Tensor
 from lsync_compile.runtime.cache_schedule import CacheSchedule, may_reuse
 from lsync_compile.runtime.context import StepContext, current
 from lsync_compile.runtime.staged import as_planned
+from lsync_compile.scoped import scoped
 
 CHUNKS = 4  # chunks under way at the same time whose features are kept
 
@@ -187,14 +188,9 @@ def _cosine(one: Tensor, other: Tensor) -> Tensor:
 _observer: ContextVar[Observer | None] = ContextVar("lsync_feature_observer", default=None)
 
 
-@contextmanager
-def observing(observer: Observer) -> Iterator[None]:
+def observing(observer: Observer) -> AbstractContextManager[Any]:
     """Show all deep features that are computed in the block, with their step; not to be changed."""
-    token = _observer.set(observer)
-    try:
-        yield
-    finally:
-        _observer.reset(token)
+    return scoped(_observer, observer)
 
 
 def _observed(context: StepContext, features: Tensor) -> None:

@@ -29,7 +29,7 @@ EQUAL_DB = 100.0
 
 
 @dataclass(frozen=True)
-class Level:
+class GuardLevel:
     """One way to compute a run's chunks.
 
     Attributes:
@@ -41,14 +41,14 @@ class Level:
     options: Options
 
 
-def levels(options: Options) -> list[Level]:
+def guard_levels(options: Options) -> list[GuardLevel]:
     """The ways to compute a run, the given one first, each more careful than the one before."""
-    steps = [Level(options.preset, options)]
+    ways = [GuardLevel(options.preset, options)]
     if options.preset == "turbo":
-        steps.append(Level("balanced", _with_preset(options, "balanced")))
-    steps.append(Level("exact", _with_preset(options, "exact")))
-    distinct = [steps[0]]
-    for level in steps[1:]:
+        ways.append(GuardLevel("balanced", _with_preset(options, "balanced")))
+    ways.append(GuardLevel("exact", _with_preset(options, "exact")))
+    distinct = [ways[0]]
+    for level in ways[1:]:
         if level.options != distinct[-1].options:
             distinct.append(level)
     return distinct
@@ -79,7 +79,7 @@ class QualityGuard:
         self._session = session
         self._every = options.guard_every
         self._floor = options.guard_floor
-        self.levels = levels(options)
+        self.levels = guard_levels(options)
         self._since = [0]  # first chunk of each level reached so far
         if self._every:
             session.count("guard", checked=0, fallbacks=0)

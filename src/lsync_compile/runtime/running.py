@@ -10,10 +10,11 @@ the quality guard does (:mod:`lsync_compile.runtime.guard`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lsync_compile.scoped import scoped
 
 if TYPE_CHECKING:
     from lsync_compile.options import Options
@@ -29,14 +30,9 @@ def current_session() -> Session | None:
     return _session.get()
 
 
-@contextmanager
-def running(session: Session | None) -> Iterator[None]:
+def running(session: Session | None) -> AbstractContextManager[Any]:
     """Set :func:`current_session` for the block, in this thread and asyncio task only."""
-    token = _session.set(session)
-    try:
-        yield
-    finally:
-        _session.reset(token)
+    return scoped(_session, session)
 
 
 def options_of(session: Session) -> Options:
@@ -44,14 +40,9 @@ def options_of(session: Session) -> Options:
     return _options.get() or session.options
 
 
-@contextmanager
-def other_options(options: Options | None) -> Iterator[None]:
+def other_options(options: Options | None) -> AbstractContextManager[Any]:
     """Run networks with these options instead of the session's; None changes nothing."""
-    token = _options.set(options)
-    try:
-        yield
-    finally:
-        _options.reset(token)
+    return scoped(_options, options)
 
 
 def runs_plain() -> bool:
@@ -59,11 +50,6 @@ def runs_plain() -> bool:
     return _plain.get()
 
 
-@contextmanager
-def plain_networks() -> Iterator[None]:
+def plain_networks() -> AbstractContextManager[Any]:
     """Run networks as they were before they were compiled, in this thread and task only."""
-    token = _plain.set(True)
-    try:
-        yield
-    finally:
-        _plain.reset(token)
+    return scoped(_plain, True)

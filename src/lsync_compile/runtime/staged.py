@@ -56,7 +56,7 @@ class Watch:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._seen = [(ref(t), _version(t), t.data_ptr()) for t in tensors]
+        self._seen = [(ref(t), version_of(t), t.data_ptr()) for t in tensors]
 
     def holds(self, tensors: Iterable[Tensor]) -> bool:
         """Whether these are the same tensors with the same contents."""
@@ -262,5 +262,6 @@ def _picker(indices: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ..
     return operator.itemgetter(*indices)
 
 
-def _version(tensor: Tensor) -> int | None:
+def version_of(tensor: Tensor) -> int | None:
+    """How often autograd saw the tensor written to; None where it does not count."""
     return None if tensor.is_inference() else tensor._version

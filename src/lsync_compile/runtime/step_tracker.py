@@ -23,6 +23,8 @@ from torch import Tensor
 from lsync_compile.report import Session
 from lsync_compile.runtime.context import Mode, current, step_context
 from lsync_compile.runtime.multiscale import MultiScaleProcessor
+from lsync_compile.runtime.staged import version_of
+from lsync_compile.scoped import scoped
 
 Vouch = Callable[[Tensor, Tensor | None], frozenset[str]]
 
@@ -42,10 +44,10 @@ class _Schedule:
 
     @classmethod
     def of(cls, timesteps: Tensor) -> _Schedule:
-        return cls(timesteps, _version(timesteps), tuple(timesteps.tolist()))
+        return cls(timesteps, version_of(timesteps), tuple(timesteps.tolist()))
 
     def is_of(self, timesteps: Tensor) -> bool:
-        return timesteps is self.timesteps and self.version == _version(timesteps)
+        return timesteps is self.timesteps and self.version == version_of(timesteps)
 
     def place(self, timestep: Any, after: int) -> int | None:
         """Which of the timesteps it is, from 0; the first later than ``after`` of equal ones.
@@ -185,7 +187,7 @@ class StepTracker:
     def _advance(self, place: int, steps: int) -> None:
         """Count the call: the same step once more, the next one, or the first of a chunk."""
         again = place == self._last
-        if again and place - self._first < steps - self._first - 1:
+        if again and place < steps - 1:
             if self._mode == "reuse":
                 self._session.note(
                     "unet: called more than once in a step, so features are not reused"
@@ -215,14 +217,9 @@ class StepTracker:
 _tracker: ContextVar[StepTracker | None] = ContextVar("lsync_step_tracker", default=None)
 
 
-@contextmanager
-def tracking(tracker: StepTracker | None) -> Iterator[None]:
+def tracking(tracker: StepTracker | None) -> AbstractContextManager[Any]:
     """Have a tracker follow the block's network calls, in this thread and asyncio task only."""
-    token = _tracker.set(tracker)
-    try:
-        yield
-    finally:
-        _tracker.reset(token)
+    return scoped(_tracker, tracker)
 
 
 def placed(
@@ -241,7 +238,3 @@ def _holds(name: str, sample: Tensor, sound: Tensor | None) -> bool:
     if name == "null_audio":
         return sound is not None and not bool(sound[: len(sound) // 2].any())
     return True  # of several steps: a single call does not show it
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
