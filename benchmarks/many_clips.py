@@ -12,7 +12,8 @@ further one. With ``--seconds`` nothing is begun that would end later, by the ro
 on file are not measured again: the same call goes on.
 
 Workers on one CPU share its cores, so there a row of two workers shows what spreading costs, not
-what a second device gains.
+what a second device gains. Seconds are those of the clock and depend on what else the machine does
+(``load`` says how many processes wanted a core at the beginning); processor seconds do so little.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -94,7 +96,7 @@ def measure(settings: SyncSettings, clips: list[Path], count: int, devices: str)
             ListedJob(line, clips[line % len(clips)], None, Path(name) / f"{line}.mp4")
             for line in range(count)
         ]
-        times = Times()
+        load, spent, times = os.getloadavg()[0], processor_seconds(), Times()
         spread = Spread(
             jobs, settings.prepare, devices.split(","), tell=times.tell, show=times.show
         )
@@ -108,7 +110,15 @@ def measure(settings: SyncSettings, clips: list[Path], count: int, devices: str)
         "frames": sum(each.frames for each in outcomes),
         "median_seconds_a_clip": round(statistics.median(each.seconds for each in outcomes), 3),
         "clips_by_worker": [state.jobs for state in spread.workers],
+        "processor_seconds": round(processor_seconds() - spent, 1),
+        "load": round(load, 1),
     }
+
+
+def processor_seconds() -> float:
+    """What the workers that have ended took of the cores, loading included."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
