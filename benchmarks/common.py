@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lsync_compile.bench.sizes import STAGE2_512, mouth_mask
+from lsync_compile.bench.sizes import STAGE2_512
 from lsync_compile.bench.timing import (
     Timing,
     largest_error,
@@ -74,3 +74,14 @@ def write_results(path: Path, question: str, device: torch.device, rows: list[di
     content = {"question": question, "machine": machine(device), "rows": rows}
     path.write_text(json.dumps(content, indent=2) + "\n")
     print(f"wrote {path}")
+
+
+def mouth_mask(side: int) -> torch.Tensor:
+    """(1, side, side), 0 where generated: as large, and on as many rows, as the built-in mask.
+
+    A rectangle: kernels' cases and counts of arithmetic are recorded with it. Times of whole chunks
+    (`lsync bench`, pipeline.py) are taken with the mask itself, which is wider at its top.
+    """
+    mask = torch.ones(1, side, side)
+    mask[:, round(0.365 * side) : round(0.95 * side), round(0.14 * side) : round(0.86 * side)] = 0
+    return mask

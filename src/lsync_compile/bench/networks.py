@@ -12,8 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from lsync_compile.bench.sizes import mouth_mask
 from lsync_compile.bench.timing import measure
+from lsync_compile.media.mask import mouth_mask
 from lsync_compile.models.scheduler import default_scheduler
 from lsync_compile.models.unet import UNet3DConditionModel
 from lsync_compile.runtime.context import step_context

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lsync_compile.models.config import LATENTSYNC_UNET
 
 # The UNet of LatentSync 1.6 (configs/unet/stage2_512.yaml), 1,267 M parameters.
@@ -25,13 +23,3 @@ SD_VAE: dict[str, Any] = {
     "norm_num_groups": 32,
 }
 SMALL_VAE: dict[str, Any] = {**SD_VAE, "block_out_channels": (32, 32, 64, 64)}
-
-
-def mouth_mask(side: int) -> torch.Tensor:
-    """(1, side, side), 0 where generated: as large, and on as many rows, as the built-in mask.
-
-    A rectangle: the package's own needs a library for pictures, which not every GPU machine has.
-    """
-    mask = torch.ones(1, side, side)
-    mask[:, round(0.365 * side) : round(0.95 * side), round(0.14 * side) : round(0.86 * side)] = 0
-    return mask

@@ -26,8 +26,8 @@ from lsync_compile.bench.engines import (
     running_with,
 )
 from lsync_compile.bench.rows import Row
-from lsync_compile.bench.sizes import mouth_mask
 from lsync_compile.bench.timing import percentiles
+from lsync_compile.media.mask import mouth_mask
 from lsync_compile.models.synthesis import ChunkSynthesizer
 from lsync_compile.runtime.running import current_session
 from lsync_compile.runtime.timesteps import make_solver
