@@ -99,9 +99,15 @@ CROP_DECODE = [
     for kind in ("own", "first", "both")
 ]
 
+# Of the encoder alone, likewise.
+CROP_ENCODE = [
+    Row(f"crop encode, halo {halo}", {"crop_encode": True, "crop_halo": halo}) for halo in (1, 2)
+]
+
 MULTI_SCALE = [
     *LIP_ATTENTION,
     *CROP_DECODE,
+    *CROP_ENCODE,
     lip("multi-scale: cells of 4, crop decode", pool="4", decode=True),
     lip("multi-scale with 3/0 linear", pool="4", decode=True, deep_interval=3),
 ]
@@ -113,6 +119,11 @@ DEEP_2_0 = {"deep_cache": True, "deep_cache_interval": 2}
 PACE = [
     *(Row(f"{n} steps, spread", {"few_steps": n}) for n in (10, 8, 5, 4, 3, 2)),
     *(Row(f"path, {n} steps", temporal("path", n)) for n in (10, 5, 4, 3, 2)),
+    *(
+        Row(f"path, {n} steps, guided 1", {**temporal("path", n), "guided_steps": 1})
+        for n in (5, 3, 2)
+    ),
+    Row("path, 3 steps, 2/0", {**temporal("path", 3), **DEEP_2_0}),
     Row("path, 3 steps, refresh 4", {**temporal("path", 3), "temporal_refresh": 4}),
     Row("path, 3 to 20 steps, adaptive", {**temporal("path", 3), **adaptive(3)}),
     Row("adaptive, 10 to 30 steps", adaptive(10)),

@@ -2,10 +2,12 @@
 
     python benchmarks/multiscale.py flops     # at 512 px, on any machine: nothing is computed
     python benchmarks/multiscale.py decode    # milliseconds of the decoder, on a GPU
+    python benchmarks/multiscale.py encode    # the same of the encoder
 
 *flops* counts floating-point operations of the full-size UNet's step with guidance and of the VAE's
-decoder for 16 frames, as they are and with `lip_attention` and `crop_decode`. *decode* times the
-decoder of random weights, compiled. What both cost in quality is in ``ablation.py``.
+encoder (masked and plain faces) and decoder for 16 frames, as they are and with `lip_attention`,
+`crop_encode` and `crop_decode`. *decode* and *encode* time decoder and encoder of random weights,
+compiled. What both cost in quality is in ``ablation.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from common import RESULTS, STAGE2_512, measure, merge_results, mouth_mask
+import torch.nn.functional as F
+from common import RESULTS, STAGE2_512, measure, merge_results, mouth_mask, relative_error
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,6 +31,7 @@ from lsync_compile.kernels import lip_attention_reference
 from lsync_compile.models.unet import UNet3DConditionModel
 from lsync_compile.options import Options
 from lsync_compile.passes.crop_decode import CropDecode
+from lsync_compile.passes.crop_encode import CropEncode
 from lsync_compile.passes.lip_attention import OptimizedLipAttention
 from lsync_compile.passes.manager import PassManager
 from lsync_compile.passes.spec import Pass
@@ -44,6 +48,10 @@ LIP: dict[str, dict[str, Any]] = {
 CROP: dict[str, dict[str, Any]] = {
     "whole": {"crop_decode": False},
     **{kind: {"crop_statistics": kind} for kind in ("own", "first", "both")},
+}
+ENCODE: dict[str, dict[str, Any]] = {
+    "whole": {"crop_encode": False},
+    **{f"halo {halo}": {"crop_halo": halo} for halo in (1, 2)},
 }
 
 
@@ -89,12 +97,14 @@ def flops() -> list[dict[str, Any]]:
         sample = torch.empty(2, 13, FRAMES, SIDE, SIDE)
         audio = torch.empty(2 * FRAMES, 50, 384)
         latents = torch.empty(FRAMES, 4, SIDE, SIDE)
+        pictures = torch.empty(2 * FRAMES, 3, 8 * SIDE, 8 * SIDE)
         timestep = torch.tensor(500)
-    decoder = random_vae(SD_VAE, meta, torch.float32).decoder
+    vae = random_vae(SD_VAE, meta, torch.float32)
     rows = []
     for work, module, inputs, cls, target, settings in (
         ("UNet step", unet, (sample, timestep, audio), OptimizedLipAttention, "unet", LIP),
-        ("decode", decoder, (latents,), CropDecode, "vae.decoder", CROP),
+        ("encode", vae.encoder, (pictures,), CropEncode, "vae.encoder", ENCODE),
+        ("decode", vae.decoder, (latents,), CropDecode, "vae.decoder", CROP),
     ):
         for name, options in settings.items():
             tflop = count(module, inputs, cls, target, options)
@@ -103,36 +113,49 @@ def flops() -> list[dict[str, Any]]:
     return rows
 
 
-def decode(device: torch.device, dtype: torch.dtype, runs: int) -> list[dict[str, Any]]:
-    """Rows of the compiled decoder."""
+def timed(work: str, device: torch.device, dtype: torch.dtype, runs: int) -> list[dict[str, Any]]:
+    """Rows of the compiled encoder or decoder; errors are against the row of the whole."""
     vae = random_vae(SD_VAE, device, dtype)
     latents = torch.randn(FRAMES, 4, SIDE, SIDE, device=device, dtype=dtype)
-    rows = []
-    for name, options in CROP.items():
+    plain = torch.rand(FRAMES, 3, 8 * SIDE, 8 * SIDE, device=device, dtype=dtype) * 2 - 1
+    mask = mouth_mask(SIDE)
+    kept = F.interpolate(mask.reshape(1, 1, *mask.shape[-2:]).float(), size=8 * SIDE)
+    pictures = torch.cat([plain * kept.to(plain), plain])
+    region = make_region(mask, SIDE)
+    settings, option = (CROP, "crop_decode") if work == "decode" else (ENCODE, "crop_encode")
+    rows: list[dict[str, Any]] = []
+    whole: Tensor | None = None
+    for name, options in settings.items():
         torch._dynamo.reset()
         fast = lsync_compile.compile(
-            Pipeline(nn.Identity(), vae), preset="exact", **{"crop_decode": True, **options}
+            Pipeline(nn.Identity(), vae), preset="exact", **{option: True, **options}
         )
         fast.lsync.settle()
 
         def call() -> Tensor:
-            with torch.no_grad(), mouth_region(make_region(mouth_mask(SIDE), SIDE)):
-                pictures: Tensor = vae.decode(latents).sample
-            return pictures
+            with torch.no_grad(), mouth_region(region):
+                if work == "decode":
+                    result: Tensor = vae.decode(latents).sample
+                else:
+                    result = vae.encode(pictures).latent_dist.mode()
+            return result
 
         try:
-            call()
+            found = call().clone()
+            whole = found if whole is None else whole
             timing = measure(call, device, runs=runs)
         finally:
             fast.lsync.undo()
-        rows.append({"work": "decode, time", "setting": name, **timing.to_dict()})
+        error = relative_error(found, whole)
+        row = {"work": f"{work}, time", "setting": name, "error": round(error, 5)}
+        rows.append({**row, **timing.to_dict()})
         print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("question", choices=("flops", "decode"))
+    parser.add_argument("question", choices=("flops", "decode", "encode"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--runs", type=int, default=10)
     arguments = parser.parse_args()
@@ -141,7 +164,7 @@ def main() -> None:
         rows = flops()
     else:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-        rows = decode(device, dtype, arguments.runs)
+        rows = timed(arguments.question, device, dtype, arguments.runs)
     merge_results(OUT, __doc__.splitlines()[0], device, rows, KEY)
 
 

@@ -30,11 +30,15 @@ from lsync_compile.quality.sync import Array, correlations, mouth_opening, speec
 SAMPLE = Path(__file__).resolve().parents[1] / "src/lsync_compile/assets/sample"
 REACH = 4  # frames
 DEEP_CACHE = {"preset": "exact", "deep_cache": True, "deep_cache_interval": 3}
+TWO_STEPS = {"preset": "turbo", "temporal_strength": 0.1, "guided_steps": 1}
 ROWS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "exact": {"preset": "exact"},
     "balanced": {"preset": "balanced"},
     "turbo": {"preset": "turbo"},
+    "3 steps, 1 guided": {"preset": "turbo", "temporal_strength": 0.15, "guided_steps": 1},
+    "2 steps, 1 guided": TWO_STEPS,
+    "2 steps, 1 guided, crop encode": {**TWO_STEPS, "crop_encode": True},
     "DeepCache 3/0": DEEP_CACHE,
 }
 

@@ -198,10 +198,18 @@ class GraphOptions:
         default=False,
         metadata=about("Approximate pass: decode only the rows of the picture that are generated."),
     )
+    crop_encode: bool = field(
+        default=False,
+        metadata=about(
+            "Approximate pass: encode of the masked faces only the rows that are masked, and take "
+            "the others from the faces as they are."
+        ),
+    )
     crop_halo: int = field(
         default=1,
         metadata=about(
-            "Rows of latents around the generated ones that `crop_decode` decodes too.",
+            "Rows of latents around the generated ones that `crop_decode` and `crop_encode` "
+            "take too.",
             between=(0, 16),
         ),
     )

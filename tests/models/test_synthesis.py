@@ -8,14 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from lsync_compile.models.conditions import redrawn
 from lsync_compile.models.job import Job
 from lsync_compile.models.pipeline import LatentSyncPipeline
 from lsync_compile.models.synthesis import ChunkSynthesizer
+from lsync_compile.options import resolve_options
+from lsync_compile.report import Session
+from lsync_compile.runtime.region import MouthRegion, current_region
 
 FRAMES = 5
 
 
-def synthesizer(pipeline: LatentSyncPipeline, seed: int = 3) -> ChunkSynthesizer:
+def synthesizer(
+    pipeline: LatentSyncPipeline, seed: int = 3, session: Session | None = None
+) -> ChunkSynthesizer:
     """For a run without clip and sound, which the networks never see."""
     job = Job(
         video_path=Path("none.mp4"),
@@ -32,6 +38,7 @@ def synthesizer(pipeline: LatentSyncPipeline, seed: int = 3) -> ChunkSynthesizer
         callback_steps=1,
         progress=None,
         tracker=None,  # type: ignore[arg-type]
+        session=session,
     )
     return ChunkSynthesizer(
         pipeline.vae, pipeline.unet, pipeline.scheduler, job, torch.device("cpu")
@@ -99,3 +106,45 @@ def test_conditions_have_mask_masked_and_reference_channels_twice(
     assert conditions.audio is not None
     assert torch.equal(conditions.audio[:FRAMES], torch.zeros_like(audio))
     assert torch.equal(conditions.audio[FRAMES:], audio)
+
+
+def test_crop_encode_is_told_of_pairs_in_one_call_and_taken_back_where_the_guard_falls_back(
+    tiny_pipeline: LatentSyncPipeline,
+) -> None:
+    calls: list[tuple[int, MouthRegion | None]] = []
+    tiny_pipeline.vae.encoder.register_forward_pre_hook(
+        lambda _, args: calls.append((len(args[0]), current_region()))
+    )
+    session = Session("run", resolve_options("exact", crop_encode=True, guard_every=9))
+    synthesize = synthesizer(tiny_pipeline, session=session)
+    faces = torch.randint(0, 256, (FRAMES, 3, 64, 64), dtype=torch.uint8)
+    audio = torch.randn(FRAMES, 50, 384)
+    prepared = synthesize.prepare(faces)
+    assert prepared.cropped
+    ((pictures, region),) = calls
+    assert pictures == 2 * FRAMES
+    assert region is not None
+    assert region.side == 8
+    assert synthesize.guard is not None
+    synthesize.guard._since.append(1)  # from chunk 1 on exact
+    synthesize.denoise(0, prepared, audio, lambda _: None)
+    assert len(calls) == 1
+    synthesize.denoise(2, prepared, audio, lambda _: None)
+    assert calls[1:] == [(FRAMES, None)] * 2
+
+
+def test_conditions_are_drawn_again_by_the_same_numbers(tiny_pipeline: LatentSyncPipeline) -> None:
+    faces = torch.randint(0, 256, (2, FRAMES, 3, 64, 64), dtype=torch.uint8)
+    audio = torch.randn(FRAMES, 50, 384)
+    found = []
+    with torch.no_grad():
+        for picture in faces:
+            synthesize = synthesizer(tiny_pipeline)
+            prepared = synthesize.prepare(picture)
+            found.append((prepared.moments[0], synthesize._condition(prepared, audio)))
+    (before, conditions), (after, expected) = found
+    again = redrawn(conditions, before, after, tiny_pipeline.vae.config.scaling_factor, 0.0)
+    assert again.audio is conditions.audio
+    torch.testing.assert_close(again.fixed[:, 1:5], expected.fixed[:, 1:5], rtol=1e-3, atol=1e-4)
+    assert torch.equal(again.fixed[:, 5:], conditions.fixed[:, 5:])
+    assert torch.equal(again.fixed[:, :1], conditions.fixed[:, :1])

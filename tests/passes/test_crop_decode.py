@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from lsync_compile.graph.copying import copy_graph
+from lsync_compile.graph.rows import norm_as_of, norm_with_rows
 from lsync_compile.options import Options
-from lsync_compile.passes.crop_decode import CropDecode, norm_as_of, norm_with_rows
+from lsync_compile.passes.crop_decode import CropDecode
 from lsync_compile.passes.manager import PassManager
 from lsync_compile.report import PassRecord
 from lsync_compile.runtime.region import MouthRegion, make_region

@@ -26,6 +26,9 @@ class Encoder:
         plain = pixels[:, :1, :4, :4].repeat(1, 8, 1, 1)
         return Prepared(pixels, [plain - 5, plain])
 
+    def crops(self, chunk: int | None) -> bool:
+        return False
+
 
 def faces(*sources: int) -> Tensor:
     return torch.stack([torch.full((3, 8, 8), 10 * source) for source in sources]).byte()

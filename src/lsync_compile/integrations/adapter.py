@@ -21,6 +21,7 @@ _NO_MASK = "the pipeline has no mask that says what is generated"
 OWN_LOOP_ONLY: Mapping[str, str] = {
     "few_steps": f"{_OWN_LOOP}; ask for fewer num_inference_steps in the call",
     "solver": f"{_OWN_LOOP}; set the pipeline's scheduler",
+    "guided_steps": _OWN_LOOP,
     "adaptive_steps": _OWN_LOOP,
     "temporal_start": _OWN_LOOP,
     "batch_chunks": _OWN_LOOP,
@@ -31,6 +32,7 @@ OWN_LOOP_ONLY: Mapping[str, str] = {
     "track_faces": _OWN_FRAMES,
     "clip_cache": _OWN_FRAMES,
     "trace": _OWN_FRAMES,
+    "crop_encode": "the pipeline's own loop encodes masked and plain faces apart",
     "lip_attention": _NO_MASK,
     "crop_decode": _NO_MASK,
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 
@@ -31,10 +32,12 @@ class Prepared:
         pixels: (f, 3, R, R) float32 in [-1, 1], the faces.
         moments: parameters of the posteriors of the masked and the reference faces, each
             (f, 8, h, w).
+        cropped: whether the masked ones were encoded in part, see `passes.crop_encode`.
     """
 
     pixels: Tensor
     moments: list[Tensor]
+    cropped: bool = False
 
 
 def joined(conditions: Sequence[Conditions], guided: bool) -> Conditions:
@@ -48,6 +51,23 @@ def joined(conditions: Sequence[Conditions], guided: bool) -> Conditions:
 
     sounds = [each.audio for each in conditions if each.audio is not None]
     return Conditions(joined(sounds) if sounds else None, joined([c.fixed for c in conditions]))
+
+
+def redrawn(
+    conditions: Conditions, before: Tensor, after: Tensor, factor: float, shift: float
+) -> Conditions:
+    """Conditions with masked faces from another posterior by the same random numbers.
+
+    Args:
+        before, after: parameters (f, 8, h, w) of the posteriors, that drawn from and the other.
+        factor, shift: latents are ``(draw - shift) * factor``.
+    """
+    drawn, other = (DiagonalGaussianDistribution(each.float()) for each in (before, after))
+    fixed = conditions.fixed.clone()
+    latents = fixed[0, 1:5].transpose(0, 1).float() / factor + shift
+    moved = other.mean + (latents - drawn.mean) / drawn.std * other.std
+    fixed[:, 1:5] = ((moved - shift) * factor).transpose(0, 1).to(fixed.dtype)
+    return Conditions(conditions.audio, fixed)
 
 
 def vouched_inputs(vae: Any, unet: Any, *, guided: bool) -> frozenset[str]:

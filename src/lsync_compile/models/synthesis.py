@@ -17,10 +17,11 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from lsync_compile.models.conditions import Conditions, Prepared, joined, vouched_inputs
+from lsync_compile.models.conditions import Conditions, Prepared, redrawn
+from lsync_compile.models.shared_calls import shared_calls
 from lsync_compile.models.unet import UNet3DConditionModel
+from lsync_compile.options import Options
 from lsync_compile.runtime.batching import Lane, Predict, SmartBatcher, chunk_bytes
-from lsync_compile.runtime.context import step_context
 from lsync_compile.runtime.guard import QualityGuard
 from lsync_compile.runtime.multiscale import MultiScaleProcessor
 from lsync_compile.runtime.pace import Pace
@@ -96,9 +97,21 @@ class ChunkSynthesizer:
     @torch.no_grad()
     def prepare(self, faces: Tensor) -> Prepared:
         """Encode faces (f, 3, R, R) uint8, masked and as they are."""
-        pixels, dtype = self.pixels(faces), self.unet.dtype
-        masked = (pixels * self.job.mask).to(dtype)
-        return Prepared(pixels, self._moments([masked, pixels.to(dtype)]))
+        pixels = self.pixels(faces)
+        if not self.crops(None):
+            return Prepared(pixels, self._moments(self._pictures(pixels)))
+        with self._at_level(None, pixels):
+            return Prepared(pixels, self._moments(self._pictures(pixels), True), cropped=True)
+
+    def crops(self, chunk: int | None) -> bool:
+        """Whether masked faces are encoded in part; None is what the run began with."""
+        options = self._options(chunk)
+        return options is not None and options.crop_encode
+
+    def _pictures(self, pixels: Tensor) -> list[Tensor]:
+        """What is encoded of faces (f, 3, R, R) in [-1, 1]: masked, and as they are."""
+        dtype = self.unet.dtype
+        return [(pixels * self.job.mask).to(dtype), pixels.to(dtype)]
 
     def pixels(self, faces: Tensor) -> Tensor:
         """Faces (f, 3, R, R) uint8 as the networks see them, in [-1, 1] on the device."""
@@ -149,6 +162,10 @@ class ChunkSynthesizer:
 
     def _begin(self, chunk: int, prepared: Prepared, audio: Tensor, *, alone: bool) -> Lane:
         """Draw a chunk's random numbers and settle its steps."""
+        if prepared.cropped and not self.crops(chunk):  # encoded before the guard fell back
+            with other_options(self._options(chunk)):
+                moments = self._moments(self._pictures(prepared.pixels))
+            prepared = Prepared(prepared.pixels, moments)
         conditions = self._condition(prepared, audio)
         draws = self._copied_generator(chunk)
         if self.guard is not None and self.guard.level(chunk) != self._level:
@@ -232,8 +249,8 @@ class ChunkSynthesizer:
     @contextmanager
     def _at_level(self, chunk: int | None, pixels: Tensor) -> Iterator[None]:
         """Run the networks as a chunk's level says, and tell them of the mouth."""
-        level = 0 if self.guard is None or chunk is None else self.guard.level(chunk)
-        options = None if self.guard is None else self.guard.levels[level].options
+        level = self._level_of(chunk)
+        options = self._options(chunk)
         with other_options(options if level else None):
             if level not in self._scales:
                 job = self.job
@@ -241,6 +258,14 @@ class ChunkSynthesizer:
                 self._scales[level] = scales
             with self._scales[level].telling(pixels):
                 yield
+
+    def _level_of(self, chunk: int | None) -> int:
+        """The guard's level of a chunk; None is the one that the run began with."""
+        return 0 if self.guard is None or chunk is None else self.guard.level(chunk)
+
+    def _options(self, chunk: int | None) -> Options | None:
+        """In force for a chunk; None without a compiled pipeline."""
+        return None if self.guard is None else self.guard.levels[self._level_of(chunk)].options
 
     def _exact(self, chunk: int, prepared: Prepared, conditions: Conditions, draws: Any) -> Tensor:
         """The faces of a chunk by the plain networks in all steps, from the same noise."""
@@ -251,6 +276,10 @@ class ChunkSynthesizer:
             arguments["generator"] = draws
         walk = pace.begin(chunk, prepared.pixels, clip, self.noise, given, arguments)
         with plain_networks():
+            if prepared.cropped:
+                (whole, _), vae = self._moments(self._pictures(prepared.pixels)), self.vae.config
+                parts = prepared.moments[0], whole
+                conditions = redrawn(conditions, *parts, vae.scaling_factor, vae.shift_factor or 0)
             lane = Lane(walk, conditions, given, prepared)
             latents = self._denoise([lane], None)[0]
             return self.decode(latents, prepared.pixels, chunk)
@@ -292,9 +321,9 @@ class ChunkSynthesizer:
         has_audio = self.unet.config.add_audio_layer
         return Conditions(audio if has_audio else None, fixed)
 
-    def _moments(self, pictures: list[Tensor]) -> list[Tensor]:
+    def _moments(self, pictures: list[Tensor], joint: bool = False) -> list[Tensor]:
         """Each (f, 3, R, R) in [-1, 1] to the parameters (f, 8, h, w) of its posterior."""
-        if self.joint_encoding:
+        if joint or self.joint_encoding:
             moments: Tensor = self.vae.encode(torch.cat(pictures)).latent_dist.parameters
             return list(moments.chunk(len(pictures)))
         return [self.vae.encode(pixels).latent_dist.parameters for pixels in pictures]
@@ -338,47 +367,7 @@ class ChunkSynthesizer:
         return latents
 
     def _shared_calls(self, lanes: Sequence[Lane]) -> Predict:
-        """Calls of the UNet for several lanes, in steps of the first one's walk."""
-        job, walk = self.job, lanes[0].walk
-        timesteps, values = walk.timesteps, walk.timesteps.tolist()
-        on_device = timesteps.to(walk.latents.device)
-        both = joined([lane.conditions for lane in lanes], job.guided)
-        guided = walk.guided if job.guided and walk.guided is not None else len(values)
-        heard = both.heard() if guided < len(values) else both
-        made_by_sound = torch.empty(0)
-
-        def predict(step: int, latents: Sequence[Tensor]) -> list[Tensor]:
-            nonlocal made_by_sound
-            samples = [
-                lane.scheduler.scale_model_input(each, timesteps[step])
-                for lane, each in zip(lanes, latents, strict=True)
-            ]
-            halves = job.guided and step < guided
-            conditions = both if step < guided else heard
-            vouched = vouched_inputs(self.vae, self.unet, guided=halves)
-            sample = torch.cat([*samples, *samples] if halves else samples)
-            sample = torch.cat([sample, conditions.fixed], dim=1)
-            with step_context(
-                self.run,
-                walk.chunk,
-                step,
-                len(values),
-                "reuse",
-                timestep=values[step],
-                vouched=vouched,
-            ):
-                noise: Tensor = self.unet(
-                    sample, on_device[step], encoder_hidden_states=conditions.audio
-                ).sample
-            if halves:
-                null, with_sound = noise.chunk(2)
-                made_by_sound = with_sound - null
-                noise = null + job.guidance_scale * made_by_sound
-            elif job.guided:
-                noise = noise + (job.guidance_scale - 1) * made_by_sound
-            return list(noise.split(1))
-
-        return predict
+        return shared_calls(self.vae, self.unet, self.job, self.run, lanes)
 
     def _scheduler_arguments(self, scheduler: Any = None) -> dict[str, object]:
         """The arguments of ``scheduler.step`` that not every scheduler takes."""

@@ -81,7 +81,8 @@ class Encodings:
             self.counts.reused += batch
             device = synthesizer.device
             masked, plain = torch.stack(found, dim=1)
-            return Prepared(synthesizer.pixels(faces), [masked.to(device), plain.to(device)])
+            moments = [masked.to(device), plain.to(device)]
+            return Prepared(synthesizer.pixels(faces), moments, synthesizer.crops(None))
         prepared = synthesizer.prepare(faces)
         encodings = torch.stack(prepared.moments, dim=1).cpu()
         for source, encoding in zip(shown, encodings, strict=True):

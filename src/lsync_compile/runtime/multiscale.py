@@ -1,10 +1,10 @@
 """Full resolution for the mouth, less elsewhere: what a run tells the passes that make use of it.
 
-Two passes work on less than the whole picture, :mod:`lsync_compile.passes.lip_attention` and
-:mod:`lsync_compile.passes.crop_decode`. Both need to know the region that is generated, and the
-first how coarsely the rest may be looked at. That depends on the picture: cells of tokens are
-averaged, which loses nothing where neighbours are alike. The strength of edges outside the mouth
-tells (Sobel and Feldman, 1968).
+Three passes work on less than the whole picture, :mod:`lsync_compile.passes.lip_attention`,
+:mod:`lsync_compile.passes.crop_decode` and :mod:`lsync_compile.passes.crop_encode`. All need to
+know the region that is generated, and the first how coarsely the rest may be looked at. That
+depends on the picture: cells of tokens are averaged, which loses nothing where neighbours are
+alike. The strength of edges outside the mouth tells (Sobel and Feldman, 1968).
 
 The answer is part of what a graph is compiled for. So it is found once a run, from its first faces,
 and the cells are of one of three sizes.
@@ -41,12 +41,17 @@ class MultiScaleProcessor:
         self._mask = mask
         self._side = side
         options = None if session is None else options_of(session)
-        wanted = options is not None and (options.lip_attention or options.crop_decode)
+        wanted = options is not None and (
+            options.lip_attention or options.crop_decode or options.crop_encode
+        )
         self._session = session if wanted else None
         self._found: tuple[MouthRegion | None] | None = None
 
     def telling(self, pixels: Tensor) -> AbstractContextManager[None]:
         """Set the run's region for the block, for calls of the UNet and the decoder.
+
+        Around a call of the encoder it says more: that the first half of the pictures is the
+        second half with the region masked.
 
         Args:
             pixels: (f, 3, R, R) in [-1, 1], faces of a chunk; looked at in the first call alone.

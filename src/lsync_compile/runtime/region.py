@@ -35,6 +35,11 @@ class MouthRegion:
     rows: tuple[int, int]
     pool: int = 1
 
+    def rows_with(self, halo: int) -> tuple[int, int]:
+        """The same rows with so many around them, as far as there are any."""
+        first, after = self.rows
+        return max(0, first - halo), min(self.side, after + halo)
+
 
 def region_of(mask: Tensor, side: int) -> Tensor:
     """The latents of which a pixel is generated, in part at least, (side, side) bool.
