@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
@@ -16,8 +17,21 @@ from rich.markup import escape
 from lsync_compile import __version__
 from lsync_compile.bars import one_bar
 from lsync_compile.bench.cli import bench
-from lsync_compile.devices import DType, choose_device, choose_dtype
-from lsync_compile.errors import LsyncError, OptionError
+from lsync_compile.cli_options import (
+    AsJson,
+    Checkpoint,
+    ChunkFrames,
+    Detector,
+    DetectorName,
+    Device,
+    Lowering,
+    LoweringName,
+    NumberFormat,
+    Quiet,
+    Resolution,
+)
+from lsync_compile.devices import choose_device, choose_dtype
+from lsync_compile.errors import Interrupted, LsyncError, OptionError
 from lsync_compile.quality.calibrate_cli import calibrate
 from lsync_compile.quality.cli import quality
 from lsync_compile.runtime.cache_cli import cache
@@ -39,13 +53,6 @@ class Preset(str, Enum):
     exact = "exact"
     balanced = "balanced"
     turbo = "turbo"
-
-
-class Lowering(str, Enum):
-    """What runs a compiled graph."""
-
-    inductor = "inductor"
-    eager = "eager"
 
 
 class Kernels(str, Enum):
@@ -72,29 +79,6 @@ class MissingFace(str, Enum):
 
     keep = "pass"
     fail = "fail"
-
-
-class Detector(str, Enum):
-    """What finds the face."""
-
-    mtcnn = "mtcnn"
-    insightface = "insightface"
-
-
-Checkpoint = Annotated[
-    str,
-    typer.Option(help="'mini' (bundled) or the folder of a LatentSync 1.5/1.6 checkpoint."),
-]
-Resolution = Annotated[
-    int | None,
-    typer.Option(help="Side of the face in pixels, for checkpoints in which nothing says so."),
-]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; the first GPU if any.")]
-NumberFormat = Annotated[
-    DType | None, typer.Option(help="float16 on a GPU and float32 on a CPU by default.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -137,10 +121,7 @@ def sync(
     config: Annotated[
         Path | None, typer.Option(help="File of options that `lsync tune` wrote.")
     ] = None,
-    lowering: Annotated[
-        Lowering | None,
-        typer.Option(help="inductor compiles (default on a GPU), eager runs the rewritten graph."),
-    ] = None,
+    lowering: LoweringName = None,
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Without, the plain pipeline runs.")
     ] = True,
@@ -149,18 +130,20 @@ def sync(
     ] = False,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps a chunk.")] = 20,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1.0 switches it off.")] = 1.5,
-    num_frames: Annotated[int, typer.Option(min=1, help="Frames a chunk.")] = 16,
+    num_frames: ChunkFrames = 16,
     max_frames: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many frames.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of all random draws.")] = 1247,
+    seed: Annotated[
+        int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of all random draws.")
+    ] = 1247,
     mask: Annotated[
         Path | None, typer.Option(help="Picture of the mouth mask, black is generated.")
     ] = None,
     on_missing_face: Annotated[
         MissingFace, typer.Option(help="pass leaves such frames unchanged.")
     ] = MissingFace.keep,
-    detector: Annotated[Detector, typer.Option(help="Finds the face.")] = Detector.mtcnn,
+    detector: DetectorName = Detector.mtcnn,
     device: Device = None,
     devices: Annotated[
         str | None,
@@ -192,7 +175,7 @@ def sync(
     quiet: Quiet = False,
 ) -> None:
     """Sync the mouth in VIDEO to AUDIO."""
-    from lsync_compile.jobs.command import load, sync_list
+    from lsync_compile.jobs.command import check_report, load, sync_list, write_report
     from lsync_compile.jobs.listing import ListedJob
     from lsync_compile.jobs.settings import SyncSettings
     from lsync_compile.runtime.timeline import check_trace_path
@@ -248,6 +231,7 @@ def sync(
         )  # fmt: skip
         return
     assert video is not None
+    check_report(report)
     console = Console(stderr=True, quiet=quiet or as_json)
     syncer = load(settings, device, console)
     with one_bar(console, f"Syncing {output.name}") as advance:
@@ -260,8 +244,7 @@ def sync(
         "frames_per_second": round(result.num_frames / result.seconds, 3),
         **syncer.about(),
     }
-    if report is not None:
-        report.write_text(json.dumps(summary, indent=2) + "\n")
+    write_report(report, json.dumps(summary, indent=2))
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
     elif not quiet:
@@ -280,7 +263,7 @@ def explain(
     resolution: Resolution = None,
     preset: Annotated[Preset, typer.Option(help="Options as a set.")] = Preset.balanced,
     lowering: Annotated[Lowering, typer.Option(help="What would run it.")] = Lowering.eager,
-    num_frames: Annotated[int, typer.Option(min=1, help="Frames a chunk.")] = 16,
+    num_frames: ChunkFrames = 16,
     guidance: Annotated[bool, typer.Option(help="With the doubled batch of guidance.")] = True,
     part: Annotated[list[Part], typer.Option(help="A network; may be given again.")] = ALL_PARTS,
     kernels: Annotated[
@@ -341,19 +324,40 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Entry point: errors become one line on standard error and an exit code."""
-    # What a batch system or a container says when time is up: as Ctrl-C, nothing half is left.
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupted = False
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    # SIGTERM is what a batch system or a container sends when time is up: as Ctrl-C, nothing half
+    # is left. Typer would give both the exit code of an error.
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     try:
         app()
     except LsyncError as error:
-        typer.echo(f"lsync: {error}", err=True)
+        typer.echo(f"lsync: {_in_one_line(str(error))}", err=True)
         sys.exit(error.exit_code)
+    except SystemExit:
+        if interrupted:
+            sys.exit(Interrupted.exit_code)
+        raise
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _in_one_line(text: str) -> str:
+    """Names of files may hold line breaks and what moves the cursor."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 if __name__ == "__main__":

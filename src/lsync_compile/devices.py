@@ -29,6 +29,8 @@ def choose_device(name: str | None) -> Any:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise OptionError(f"--device {name}: no such device; use cuda, cuda:N or cpu") from error
+    if device.type not in ("cuda", "cpu") or (device.type == "cpu" and device.index):
+        raise OptionError(f"--device {name}: cannot run this; use cuda, cuda:N or cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):

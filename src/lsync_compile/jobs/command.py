@@ -55,8 +55,7 @@ def sync_list(
     """
     if device is not None and devices is not None:
         raise OptionError("give --device or --devices, one of the two")
-    if report is not None and not report.parent.is_dir():
-        raise MediaError(f"--report {report}: the folder {report.parent} does not exist")
+    check_report(report)
     jobs = read_jobs(path)
     console = Console(stderr=True, quiet=quiet or as_json)
     rank = current_rank()
@@ -187,12 +186,7 @@ def _summarise(
         "workers": abouts,
     }
     text = json.dumps(summary, indent=2)
-    if report is not None:
-        try:
-            with replaced(report) as partial:
-                partial.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise MediaError(f"{report}: cannot be written: {error.strerror}") from error
+    write_report(report, text)
     if as_json:
         typer.echo(text)
     elif not quiet:
@@ -200,6 +194,33 @@ def _summarise(
         typer.echo(f"{len(states)} clips: {', '.join(counts)}")
     if "failed" in states:
         raise typer.Exit(SOME_FAILED)
+
+
+def check_report(report: Path | None) -> None:
+    """Refuse ``--report`` where it cannot be written, before the work.
+
+    Raises:
+        MediaError: its folder is missing, or it is one.
+    """
+    if report is not None and ("\0" in str(report) or not report.parent.is_dir()):
+        raise MediaError(f"--report {report}: the folder {report.parent} does not exist")
+    if report is not None and report.is_dir():
+        raise MediaError(f"--report {report}: is a folder")
+
+
+def write_report(report: Path | None, text: str) -> None:
+    """Write ``--report``, where it was given.
+
+    Raises:
+        MediaError: it cannot be written.
+    """
+    if report is None:
+        return
+    try:
+        with replaced(report) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise MediaError(f"{report}: cannot be written: {error.strerror}") from error
 
 
 def _nothing(job: ListedJob) -> None:

@@ -45,7 +45,11 @@ def mouth_mask(resolution: int, path: str | Path | None = None) -> Tensor:
     if path is None:
         kept = ~_generated(resolution)
         return torch.from_numpy(kept.astype(np.float32))[None]
-    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    try:
+        data = np.fromfile(path, dtype=np.uint8)  # OpenCV says in lines of its own what is missing
+        picture = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    except (OSError, ValueError, cv2.error):
+        picture = None
     if picture is None:
         raise CheckpointError(f"{path}: no such picture, or not one; expected a PNG mouth mask")
     red = cv2.resize(picture[:, :, 2], (resolution, resolution), interpolation=cv2.INTER_LANCZOS4)
