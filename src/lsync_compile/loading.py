@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lsync_compile.cli_options import Lowering
 from lsync_compile.devices import DType, choose_device, choose_dtype
 
 
@@ -38,15 +39,33 @@ def load_compiled(
     import lsync_compile
 
     place = choose_device(device)
-    pipeline = lsync_compile.LatentSyncPipeline.from_pretrained(
+    pipeline = load_plain(checkpoint, place, dtype=dtype, detector=detector, resolution=resolution)
+    return lsync_compile.compile(
+        pipeline, preset=preset, lowering=lowering or usual_lowering(place)
+    )
+
+
+def load_plain(
+    checkpoint: str | Path,
+    place: Any,
+    *,
+    dtype: DType | None = None,
+    detector: str = "mtcnn",
+    resolution: int | None = None,
+) -> Any:
+    """Load a checkpoint onto a torch device and compile nothing; arguments as above.
+
+    Raises:
+        OptionError, CheckpointError: one line each.
+    """
+    import lsync_compile
+
+    return lsync_compile.LatentSyncPipeline.from_pretrained(
         checkpoint,
         torch_dtype=choose_dtype(dtype, place),
         device=place,
         detector=detector,
         resolution=resolution,
-    )
-    return lsync_compile.compile(
-        pipeline, preset=preset, lowering=lowering or usual_lowering(place)
     )
 
 
@@ -54,3 +73,8 @@ def usual_lowering(device: Any) -> str:
     """What runs a compiled graph on a device where nothing else is asked for."""
     # Inductor's C++ takes minutes on a CPU, more than it saves on one clip.
     return "inductor" if device.type == "cuda" else "eager"
+
+
+def lowering_on(device: Any, chosen: Lowering | None) -> str:
+    """The lowering that a command was given, or the usual one."""
+    return usual_lowering(device) if chosen is None else chosen.value

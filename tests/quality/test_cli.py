@@ -108,6 +108,6 @@ def test_wrong_arguments_fail_before_the_work(
         invoke(clip, "--preset", "balance")
     with pytest.raises(MediaError, match="does not exist"):
         invoke(clip, "--html", tmp_path / "nowhere" / "page.html")
-    with pytest.raises(OptionError, match="--dtype float8: use one of float32"):
-        invoke(clip, "--dtype", "float8")
+    for option, wrong in (("--dtype", "float8"), ("--lowering", "c"), ("--detector", "eye")):
+        assert invoke(clip, option, wrong).exit_code == 2
     assert invoke(clip, "--solver", "euler").exit_code == 2

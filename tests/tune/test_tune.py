@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from lsync_compile import LatentSyncPipeline, cli
 from lsync_compile.errors import MediaError, OptionError
 from lsync_compile.options import resolve_options
-from lsync_compile.quality import cli as quality_cli
 from lsync_compile.tune.configuration import (
     conditions_of,
     misfits,
@@ -237,7 +236,7 @@ def test_the_command_writes_what_sync_reads(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(quality_cli, "load_pipeline", lambda *arguments: tiny_pipeline)
+    monkeypatch.setattr("lsync_compile.loading.load_plain", lambda *_, **__: tiny_pipeline)
     monkeypatch.setattr(
         "lsync_compile.tune.search.groups",
         lambda steps: [Group("steps", [("1 step", {"few_steps": 1})])],

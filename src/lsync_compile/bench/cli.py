@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from lsync_compile.cli_options import AsJson, ChunkFrames, Device, NumberFormat, Quiet
 from lsync_compile.errors import OptionError
 
 UNFINISHED = 75  # EX_TEMPFAIL: the same call goes on
@@ -68,7 +69,7 @@ def bench(
         ),
     ] = None,
     max_frames: Annotated[int, typer.Option(min=2, help="Of the clip.")] = 48,
-    num_frames: Annotated[int, typer.Option(min=1, help="Frames a chunk.")] = 16,
+    num_frames: ChunkFrames = 16,
     runs: Annotated[int, typer.Option(min=1, help="Chunks timed, after two that warm up.")] = 5,
     steps: Annotated[
         int, typer.Option(min=2, max=1000, help="Of the plain run; 20 is what is compared.")
@@ -78,16 +79,10 @@ def bench(
         typer.Option(help="Start nothing that would take longer; the same call goes on later."),
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure what is on file too.")] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1, cpu; the first GPU if any.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float16 (default on a GPU), bfloat16 or float32.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    device: Device = None,
+    dtype: NumberFormat = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Time and judge the original, Inductor, few-step solvers, TensorRT and the presets.
 
@@ -99,11 +94,8 @@ def bench(
     from lsync_compile.bench.command import Plan, run
     from lsync_compile.bench.page import write_all
     from lsync_compile.bench.tables import markdown
-    from lsync_compile.devices import DType, choose_device, choose_dtype
+    from lsync_compile.devices import choose_device, choose_dtype
 
-    known = [kind.value for kind in DType]
-    if dtype is not None and dtype not in known:
-        raise OptionError(f"--dtype {dtype}: use one of {', '.join(known)}")
     if audio is not None and clip is None:
         raise OptionError("--audio needs --clip")
     for path in (clip, audio):
@@ -114,7 +106,7 @@ def bench(
     plan = Plan(
         results=out / "bench.json",
         device=place,
-        dtype=choose_dtype(DType(dtype) if dtype else None, place),
+        dtype=choose_dtype(dtype, place),
         size=(size or (Size.full if place.type == "cuda" else Size.mini)).value,
         recording=recording or out / "recording.safetensors",
         clip=clip or sample / "talking.mp4",

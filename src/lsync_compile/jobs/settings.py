@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lsync_compile.cores import fit_threads
-from lsync_compile.devices import DType, choose_device, choose_dtype, peak_device_mib
+from lsync_compile.devices import DType, choose_device, peak_device_mib
 from lsync_compile.jobs.listing import ListedJob
+from lsync_compile.loading import load_plain, usual_lowering
 
 if TYPE_CHECKING:
     from lsync_compile.models.job import LipsyncOutput
@@ -54,20 +55,16 @@ class SyncSettings:
         """
         import torch
 
-        import lsync_compile
-
         place = choose_device(device)
-        pipe: Any = lsync_compile.LatentSyncPipeline.from_pretrained(
+        pipe = load_plain(
             self.checkpoint,
-            torch_dtype=choose_dtype(self.dtype, place),
-            device=place,
+            place,
+            dtype=self.dtype,
             detector=self.detector,
             resolution=self.resolution,
         )
         if self.options is not None:
-            # Inductor's C++ takes minutes on a CPU, more than it saves on one clip.
-            usual = "inductor" if place.type == "cuda" else "eager"
-            options = {"lowering": usual, **self.options}
+            options = {"lowering": usual_lowering(place), **self.options}
             pipe = torch.compile(pipe, backend="lsync", options=options)
             self._check_conditions(pipe)
         return Syncer(self, pipe, place)

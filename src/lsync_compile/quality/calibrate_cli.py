@@ -12,6 +12,15 @@ import typer
 from rich.console import Console
 
 from lsync_compile.bars import progress_bars
+from lsync_compile.cli_options import (
+    AsJson,
+    Checkpoint,
+    Detector,
+    DetectorName,
+    Device,
+    LoweringName,
+    Quiet,
+)
 
 
 class Predictor(str, Enum):
@@ -27,9 +36,7 @@ def calibrate(
     audio: Annotated[
         Path | None, typer.Argument(help="Speech to sync to; the clip's own if left out.")
     ] = None,
-    checkpoint: Annotated[
-        str, typer.Option(help="'mini' (bundled) or a LatentSync 1.5/1.6 checkpoint folder.")
-    ] = "mini",
+    checkpoint: Checkpoint = "mini",
     steps: Annotated[int, typer.Option(min=2, max=1000, help="Denoising steps a chunk.")] = 20,
     floor: Annotated[
         float, typer.Option(help="Least mouth PSNR in dB against computing every step.")
@@ -39,17 +46,11 @@ def calibrate(
         Predictor, typer.Option(help="As the option deep_cache_predictor.")
     ] = Predictor.linear,
     max_frames: Annotated[int, typer.Option(min=1, help="Of the clip; 32 are two chunks.")] = 32,
-    lowering: Annotated[
-        str | None, typer.Option(help="inductor (default on a GPU) or eager.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1, cpu; the first GPU if any.")
-    ] = None,
-    detector: Annotated[str, typer.Option(help="mtcnn or insightface.")] = "mtcnn",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    lowering: LoweringName = None,
+    device: Device = None,
+    detector: DetectorName = Detector.mtcnn,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Find the fewest steps that must compute deep features, and keep the answer.
 
@@ -57,16 +58,16 @@ def calibrate(
     cache folder, for runs with deep_cache_schedule=calibrated.
     """
     from lsync_compile.devices import choose_device
+    from lsync_compile.loading import load_plain, lowering_on
     from lsync_compile.quality.calibrate import calibrate as find
-    from lsync_compile.quality.cli import load_pipeline
     from lsync_compile.quality.compare import Clip
     from lsync_compile.runtime.calibration import save_calibration
 
     place = choose_device(device)
     console = Console(stderr=True, quiet=quiet or as_json)
     with console.status(f"Loading {checkpoint} on {place} …"):
-        pipeline = load_pipeline(checkpoint, place, None, detector)
-    chosen = lowering or ("inductor" if place.type == "cuda" else "eager")
+        pipeline = load_plain(checkpoint, place, detector=detector.value)
+    chosen = lowering_on(place, lowering)
     with progress_bars(console) as bar:
         found = find(
             pipeline,

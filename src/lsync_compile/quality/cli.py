@@ -11,7 +11,15 @@ import typer
 from rich.console import Console
 
 from lsync_compile.bars import progress_bars
-from lsync_compile.errors import OptionError
+from lsync_compile.cli_options import (
+    AsJson,
+    Checkpoint,
+    Detector,
+    DetectorName,
+    Device,
+    LoweringName,
+    NumberFormat,
+)
 from lsync_compile.options import resolve_options
 
 # torch and the measures are imported when the command runs: they take seconds.
@@ -47,15 +55,11 @@ def quality(
         Path | None,
         typer.Argument(help="Speech to sync to; left out, the clip's own: then the clip is truth."),
     ] = None,
-    checkpoint: Annotated[
-        str, typer.Option(help="'mini' (bundled) or a LatentSync 1.5/1.6 checkpoint folder.")
-    ] = "mini",
+    checkpoint: Checkpoint = "mini",
     preset: Annotated[
         str, typer.Option(help="Of the candidate: exact, balanced, turbo; none runs it plain.")
     ] = "balanced",
-    lowering: Annotated[
-        str | None, typer.Option(help="inductor (default on a GPU) or eager.")
-    ] = None,
+    lowering: LoweringName = None,
     steps: Annotated[
         int, typer.Option(min=1, max=1000, help="Denoising steps of the candidate.")
     ] = 20,
@@ -83,15 +87,14 @@ def quality(
     html: Annotated[
         Path | None, typer.Option(help="Also write a page with pictures and plots.")
     ] = None,
-    detector: Annotated[str, typer.Option(help="mtcnn or insightface.")] = "mtcnn",
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
-    ] = False,
+    detector: DetectorName = Detector.mtcnn,
+    device: Device = None,
+    dtype: NumberFormat = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare a way of running with the unoptimised 20-step run, same seed, same inputs."""
     from lsync_compile.devices import choose_device
+    from lsync_compile.loading import load_plain, lowering_on
     from lsync_compile.quality.bars import judge_presets
     from lsync_compile.quality.compare import REFERENCE, Clip, Compiler, compare
     from lsync_compile.quality.report import check_target, write_page
@@ -103,7 +106,7 @@ def quality(
     shared: dict[str, Any] = {"num_frames": num_frames, "seed": seed}
     candidate = _setting(
         preset,
-        lowering or ("inductor" if place.type == "cuda" else "eager"),
+        lowering_on(place, lowering),
         steps=steps,
         solver=solver.value,
         spacing=spacing.value if spacing else None,
@@ -114,7 +117,7 @@ def quality(
     settings = [candidate, _with(reference, name="muted", muted=True)] if muted else [candidate]
     console = Console(stderr=True, quiet=as_json)
     with console.status(f"Loading {checkpoint} on {place} …"):
-        pipe = load_pipeline(checkpoint, place, dtype, detector)
+        pipe = load_plain(checkpoint, place, dtype=dtype, detector=detector.value)
     clip, runs = Clip(video, audio), list[Any]()
     with progress_bars(console) as bar:
         study = compare(
@@ -156,22 +159,6 @@ def _with(setting: Setting, **changes: Any) -> Setting:
     import dataclasses
 
     return dataclasses.replace(setting, **changes)
-
-
-def load_pipeline(checkpoint: str, place: Any, dtype: str | None, detector: str) -> Any:
-    """The pipeline of a checkpoint. Raises OptionError for a dtype that is none."""
-    import lsync_compile
-    from lsync_compile.devices import DType, choose_dtype
-
-    known = [kind.value for kind in DType]
-    if dtype is not None and dtype not in known:
-        raise OptionError(f"--dtype {dtype}: use one of {', '.join(known)}")
-    return lsync_compile.LatentSyncPipeline.from_pretrained(
-        checkpoint,
-        torch_dtype=choose_dtype(DType(dtype) if dtype else None, place),
-        device=place,
-        detector=detector,
-    )
 
 
 def _measure_floors(pipeline: Any, clip: Any, bar: Any) -> Any:

@@ -10,6 +10,17 @@ import typer
 from rich.console import Console
 
 from lsync_compile.bars import progress_bars
+from lsync_compile.cli_options import (
+    AsJson,
+    Checkpoint,
+    ChunkFrames,
+    Detector,
+    DetectorName,
+    Device,
+    LoweringName,
+    NumberFormat,
+    Quiet,
+)
 from lsync_compile.errors import MediaError
 
 TOO_SLOW = 1
@@ -39,31 +50,23 @@ def tune(
         float | None,
         typer.Option(min=0.0, help="Start no trial that would end later; the same call goes on."),
     ] = None,
-    checkpoint: Annotated[
-        str, typer.Option(help="'mini' (bundled) or a LatentSync 1.5/1.6 checkpoint folder.")
-    ] = "mini",
+    checkpoint: Checkpoint = "mini",
     max_frames: Annotated[
         int, typer.Option(min=1, help="Of the clip, to choose by; at least three chunks tell most.")
     ] = 64,
     held_out: Annotated[
         int, typer.Option(min=0, help="Frames after those, to confirm the choice on; 0: none.")
     ] = 32,
-    num_frames: Annotated[int, typer.Option(min=1, help="Frames a chunk.")] = 16,
+    num_frames: ChunkFrames = 16,
     steps: Annotated[
         int, typer.Option(min=2, max=1000, help="Denoising steps of the unoptimised run.")
     ] = 20,
-    lowering: Annotated[
-        str | None, typer.Option(help="inductor (default on a GPU) or eager.")
-    ] = None,
-    detector: Annotated[str, typer.Option(help="mtcnn or insightface.")] = "mtcnn",
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1, cpu; the first GPU if any.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    lowering: LoweringName = None,
+    detector: DetectorName = Detector.mtcnn,
+    device: Device = None,
+    dtype: NumberFormat = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure options on a clip and write the fastest ones that stay above the floor.
 
@@ -76,7 +79,7 @@ def tune(
     from dataclasses import asdict
 
     from lsync_compile.devices import choose_device
-    from lsync_compile.quality.cli import load_pipeline
+    from lsync_compile.loading import load_plain, lowering_on
     from lsync_compile.quality.compare import Clip, describe_machine
     from lsync_compile.runtime.clip_cache import clip_key
     from lsync_compile.tune.configuration import conditions_of, write_configuration
@@ -91,20 +94,19 @@ def tune(
     place = choose_device(device)
     console = Console(stderr=True, quiet=quiet or as_json)
     with console.status(f"Loading {checkpoint} on {place} …"):
-        pipeline = load_pipeline(checkpoint, place, dtype, detector)
+        pipeline = load_plain(checkpoint, place, dtype=dtype, detector=detector.value)
     if max_frames < MIN_CHUNKS * num_frames:
         console.print(
             f"--max-frames {max_frames} is less than {MIN_CHUNKS} chunks: what a chunk learns "
             "from the one before hardly shows"
         )
-    lowering = lowering or ("inductor" if place.type == "cuda" else "eager")
-    budget = Budget(seconds)
-    conditions = conditions_of(pipeline, lowering=lowering, steps=steps, num_frames=num_frames)
+    budget, named = Budget(seconds), lowering_on(place, lowering)
+    conditions = conditions_of(pipeline, lowering=named, steps=steps, num_frames=num_frames)
     subject = {
         "clip": clip_key(video),
         "audio": None if audio is None else clip_key(audio),
         "conditions": asdict(conditions),
-        "detector": detector,
+        "detector": detector.value,
         "max_frames": max_frames,
         "held_out": held_out,
     }
@@ -119,7 +121,7 @@ def tune(
             held_out=held_out,
             num_frames=num_frames,
             steps=steps,
-            lowering=lowering,
+            lowering=named,
             progress=bar,
         )
         try:
