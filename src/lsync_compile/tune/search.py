@@ -110,7 +110,9 @@ def groups(steps: int = 20) -> list[Group]:
                 for count in counts
             ],
         ),
+        Group("guidance", [("both halves in one step", {"guided_steps": 1})]),
         Group("decoder", [("crop decode", {"crop_decode": True})]),
+        Group("encoder", [("crop encode", {"crop_encode": True})]),
         Group(
             "attention",
             [
