@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,3 +78,58 @@ def test_the_search_knows_every_page(site: Path) -> None:
     index = (site / "search" / "search_index.json").read_text("utf-8")
     for page in (ROOT / "docs").glob("*.md"):
         assert f'"{page.stem}.html"' in index
+
+
+@pytest.mark.slow
+def test_every_page_in_a_browser(site: Path) -> None:
+    """On a phone and on a screen; then the search."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = os.environ.get("CHROMIUM")
+    if chromium is None:
+        pytest.skip(
+            "opens each page twice, which takes long: set CHROMIUM to the program to run it"
+        )
+    pages = sorted(path.name for path in site.glob("*.html") if path.name != "404.html")
+    with served(site) as address, playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        phone = browser.new_page(viewport={"width": 390, "height": 844})
+        screen = browser.new_page(viewport={"width": 1280, "height": 900})
+        assert faults(phone, address, pages) == []
+        assert faults(screen, address, pages) == []
+        screen.goto(f"{address}index.html?q=capture")
+        screen.wait_for_selector(".md-search-result__item")
+        browser.close()
+
+
+def faults(tab: Any, address: str, pages: list[str]) -> list[str]:
+    """Errors, requests to others, missing pictures, and what is wider than the page."""
+    found: list[str] = []
+    asked: set[str] = set()
+    tab.on("pageerror", lambda error: found.append(str(error)))
+    tab.on("request", lambda request: asked.add(request.url))
+    for name in pages:
+        tab.goto(address + name)
+        if tab.evaluate("document.documentElement.scrollWidth > window.innerWidth"):
+            found.append(f"{name} is wider than the page")
+        if tab.evaluate("[...document.images].some(image => !image.naturalWidth)"):
+            found.append(f"{name}: a picture is missing")
+    return found + [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The folder at an address of this machine."""
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+        thread.join()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Says nothing of each request."""
+
+    def log_message(self, *args: object) -> None:
+        pass
