@@ -187,6 +187,8 @@ def sync(
         raise OptionError("give VIDEO or --jobs LIST.csv, one of the two")
     if jobs is None and devices is not None:
         raise OptionError("--devices spreads the clips of --jobs; for one clip use --device")
+    if jobs is not None and trace is not None:
+        raise OptionError("--trace shows the run of one clip; leave it out with --jobs")
     if config is not None and preset is not None:
         raise OptionError("give --preset or --config, one of the two")
     given: dict[str, Any] = {

@@ -87,6 +87,7 @@ def test_devices_are_checked_before_anything_is_loaded(lsync: Callable, tmp_path
         (["--jobs", listed, "--devices", "cpu,"], "expected auto or names"),
         (["--jobs", listed, "--devices", "cpu", "--device", "cpu"], "one of the two"),
         (["a.mp4", "--devices", "cpu,cpu"], "for one clip use --device"),
+        (["--jobs", listed, "--trace", tmp_path / "t.json"], "leave it out with --jobs"),
         (["--jobs", listed, "--report", tmp_path / "no" / "r.json"], "does not exist"),
     ):
         code, _, errors = lsync("sync", *words)
