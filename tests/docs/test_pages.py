@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -176,6 +177,38 @@ def test_the_eleven_optimisations_and_their_options_exist() -> None:
         assert f"class {name}" in source
         assert f"| `{name}` |" in second
         assert set(re.findall(r"`(\w+)`", row[2])) <= set(OPTION_NAMES)
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """All numbers in a file of results."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield float(value)
+    elif isinstance(value, (list, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from numbers(each)
+
+
+def test_prices_and_gains_are_those_recorded() -> None:
+    """Each figure of the overview is in a file its row links to; small integers are settings."""
+    page = ROOT / "docs" / "optimisations.md"
+    rows = [line for line in page.read_text("utf-8").splitlines() if "/results/" in line]
+    assert len(rows) == 11
+    for row in rows:
+        files = [
+            page.parent / match[2] for match in hooks.LINK.finditer(row) if ".json" in match[2]
+        ]
+        known = [
+            number for file in files for number in numbers(json.loads(file.read_text("utf-8")))
+        ]
+        prose = re.sub(r"\(?\[[^\]]*\]\([^)]*\)|`[^`]*`", "", row)
+        for text in re.findall(r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", prose):
+            figure = float(text.replace(",", "").rstrip("."))
+            if figure.is_integer() and figure < 100:
+                continue
+            digits = len(text.partition("e")[0].partition(".")[2])
+            style = f".{digits}e" if "e" in text else f".{digits}f"
+            wanted = format(figure, style)
+            assert any(format(number, style) == wanted for number in known), f"{text} in {row}"
 
 
 def test_every_room_is_in_the_architecture() -> None:
