@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lsync_compile.report import Session
-from lsync_compile.runtime.memory import readable
+from lsync_compile.runtime.memory import free_on_gpu, readable
 from lsync_compile.runtime.pace import Walk
 
 if TYPE_CHECKING:
@@ -212,11 +212,9 @@ def chunk_bytes(width: int, positions: int, itemsize: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that could be allocated; None where nobody says."""
+    """Bytes that could be allocated on a device; None where nobody says."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free) + unused
+        return free_on_gpu(device)
     if device.type != "cpu":
         return None
     try:

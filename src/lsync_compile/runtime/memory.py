@@ -277,11 +277,7 @@ class BatchAwareMemoryPool:
 
     def available_bytes(self) -> int | None:
         """Bytes of the device that nobody uses; ``None`` where nothing counts them."""
-        if self._cuda is None:
-            return None
-        free, _ = self._cuda.mem_get_info(self.device)
-        cached = self._cuda.memory_reserved(self.device) - self._cuda.memory_allocated(self.device)
-        return int(free + cached)
+        return None if self._cuda is None else free_on_gpu(self.device, self._cuda)
 
     def _live(self) -> list[_Slab]:
         slabs = [slab for reference in self._slabs if (slab := reference()) is not None]
@@ -313,6 +309,17 @@ class MemoryPools:
             pools = list(self._pools.values())
         for pool in pools:
             pool.release()
+
+
+def free_on_gpu(device: torch.device, cuda: Any = torch.cuda) -> int:
+    """Bytes of a GPU that can be allocated: what is free, and what torch holds and does not use.
+
+    Args:
+        device: the GPU.
+        cuda: the module :mod:`torch.cuda` or one with its names.
+    """
+    free, _ = cuda.mem_get_info(device)
+    return int(free + cuda.memory_reserved(device) - cuda.memory_allocated(device))
 
 
 def readable(size: int) -> str:
