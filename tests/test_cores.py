@@ -71,6 +71,17 @@ def test_the_smaller_of_affinity_and_share_counts(
     assert codec_threads() == (0 if expected == 16 else expected)
 
 
+def test_processes_of_one_program_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "_processes", 1)  # put back at the end
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    monkeypatch.setattr(cores, "processor_share", lambda: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(cv2, "getNumThreads", lambda: 1)
+    for processes, expected in ((3, 5), (None, 5), (40, 1)):
+        fit_threads(processes)
+        assert usable_cores() == codec_threads() == expected
+
+
 def test_without_affinity_the_machines_cores_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: None)

@@ -15,12 +15,17 @@ from pathlib import Path, PurePosixPath
 
 _MOUNT = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
+_processes = 1  # of one program that share the cores, this one included
 
 
 def usable_cores() -> int:
-    """Cores by the process's affinity and by its groups' shares of time, at least one."""
+    """Cores by the process's affinity and by its groups' shares of time, at least one.
+
+    Of these a part, where :func:`fit_threads` was told that other processes share them.
+    """
     cores, share = _by_affinity(), processor_share()
-    return max(1, cores if share is None else min(cores, math.ceil(share)))
+    cores = cores if share is None else min(cores, math.ceil(share))
+    return max(1, cores // _processes)
 
 
 def _by_affinity() -> int:
@@ -96,19 +101,21 @@ def codec_threads() -> int:
     return 0 if cores == _by_affinity() else cores
 
 
-def fit_threads(processes: int = 1) -> None:
+def fit_threads(processes: int | None = None) -> None:
     """Have torch and OpenCV use no more threads than there are cores for this process.
 
     Both count the machine's cores where nothing else is said. For programs: a library leaves such
     settings to the program it is part of. ``OMP_NUM_THREADS`` stands as it is.
 
     Args:
-        processes: which share the cores.
+        processes: which share the cores; None for as many as were said before, at first one.
     """
     import cv2
     import torch
 
-    cores = max(1, usable_cores() // processes)
+    global _processes
+    _processes = max(1, processes or _processes)
+    cores = usable_cores()
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
         torch.set_num_threads(cores)
     if cv2.getNumThreads() > cores:
