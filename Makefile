@@ -40,7 +40,6 @@ docs: $(BIN)/.installed  ## Build the documentation's site into out/site
 	$(BIN)/python docs/site/tables.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir $(abspath $(OUT))/site
 	@echo "site:   $(OUT)/site/index.html"
-	@echo "search: python3 -m http.server -d $(OUT)/site"
 
 # What was measured before is kept: the same call goes on with what is missing.
 bench: $(BIN)/.installed  ## Time and judge: LatentSync's full size on a GPU, a check on a CPU

@@ -96,8 +96,9 @@ def test_every_page_in_a_browser(site: Path) -> None:
         screen = browser.new_page(viewport={"width": 1280, "height": 900})
         assert faults(phone, address, pages) == []
         assert faults(screen, address, pages) == []
-        screen.goto(f"{address}index.html?q=capture")
-        screen.wait_for_selector(".md-search-result__item")
+        for start in (address, site.as_uri() + "/"):  # from a server and from the disk
+            screen.goto(f"{start}index.html?q=capture")
+            screen.wait_for_selector(".md-search-result__item")
         browser.close()
 
 
