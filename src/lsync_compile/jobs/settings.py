@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -117,15 +118,17 @@ class Syncer:
         """
         import torch
 
-        settings = self.settings
-        result: LipsyncOutput = self.pipeline(
-            video_path=job.video,
-            audio_path=job.audio,
-            video_out_path=job.output,
-            generator=torch.Generator(self.device).manual_seed(settings.seed),
-            progress=advance,
-            **settings.arguments,
-        )
+        settings, on_gpu = self.settings, self.device.type == "cuda"
+        # Kernels of Triton's go to the current GPU, wherever their tensors are.
+        with torch.cuda.device(self.device) if on_gpu else nullcontext():
+            result: LipsyncOutput = self.pipeline(
+                video_path=job.video,
+                audio_path=job.audio,
+                video_out_path=job.output,
+                generator=torch.Generator(self.device).manual_seed(settings.seed),
+                progress=advance,
+                **settings.arguments,
+            )
         return result
 
     def report(self) -> Any:
