@@ -31,14 +31,20 @@ def test_short_clips_one_after_the_other_leave_memory_flat(
     monkeypatch.setenv("LSYNC_CACHE", str(tmp_path))  # put back at the end
     out = tmp_path / "rows.json"
     files = ["--clip", make_clip(16), "--speech", make_speech(0.6), "--out", out]
-    words = ["--device", "cpu", "--clips", "16", "--kinds", "2", *map(str, files)]
+    words = ["--device", "cpu", "--chunks", "24", "--kinds", "2", *map(str, files)]
     monkeypatch.setattr(
         "sys.argv", ["soak.py", *words, "--with", "parallel_stages=on", "clip_cache=True"]
     )
     soak.main()
     (row,) = json.loads(out.read_text())["rows"]
-    assert len(row["resident_mib"]) == 16
+    assert (row["jobs"], len(row["resident_mib"])) == (16, 16)  # of one chunk and two in turns
+    written = out.stat().st_mtime_ns
+    soak.main()
+    assert out.stat().st_mtime_ns == written  # what is on file is not measured again
     assert row["grown_mib"] < 16
-    monkeypatch.setattr("sys.argv", ["soak.py", *words[:3], "4", *words[4:], "--most", "-1000"])
+    monkeypatch.setattr("sys.argv", ["soak.py", *words[:3], "8", *words[4:], "--most", "-1000"])
     with pytest.raises(SystemExit, match="grew by"):
+        soak.main()
+    monkeypatch.setattr("sys.argv", ["soak.py", *words, "--again", "--seconds", "0"])
+    with pytest.raises(SystemExit, match="of 24 chunks in 0 s"):
         soak.main()
