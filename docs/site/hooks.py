@@ -31,25 +31,6 @@ LINK = re.compile(r"(\]\()([^()\s]+)((?:[ \t]+\"[^\"]*\")?\))")
 SCHEME = re.compile(r"[a-z]+:")
 
 
-def on_config(config: Any) -> Any:
-    """Leave pages out of the navigation whose source this checkout has not."""
-    there = {source.name for source in (ROOT / "docs").glob("*.md")} | {"results.md"}
-    there |= {page for source, page in PAGES.items() if (ROOT / source).is_file()}
-    config.nav = _present(config.nav, there)
-    return config
-
-
-def _present(nav: list[Any], there: set[str]) -> list[Any]:
-    kept: list[Any] = []
-    for entry in nav:
-        ((title, content),) = entry.items()
-        if isinstance(content, list):
-            kept.append({title: _present(content, there)})
-        elif content in there:
-            kept.append(entry)
-    return kept
-
-
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages from elsewhere, and every file outside docs/ that a page links to."""
     from mkdocs.structure.files import File
