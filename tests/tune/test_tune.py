@@ -260,7 +260,7 @@ def test_the_command_writes_what_sync_reads(
     assert read_configuration(target) == written["options"]
     assert json.loads(result.stdout)["options"] == written["options"]
     assert (written["frames"], written["held_out"]) == (2, 2)
-    assert written["confirmed"]["psnr"] > 0
+    assert written["confirmed"]["fps"] > 0
     assert not target.with_name("fast.json.trials").exists()
     assert tiny_pipeline.unet._compiled_call_impl is None
     here = conditions_of(tiny_pipeline, lowering="eager", steps=3, num_frames=2)
