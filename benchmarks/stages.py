@@ -33,6 +33,7 @@ from variants import compiled
 
 from lsync_compile.media.align_batch import BatchAligner
 from lsync_compile.media.geometry import FaceAligner
+from lsync_compile.models.run import NETWORKS
 from lsync_compile.runtime.stages import PipelineParallelProcessor, Stage
 from lsync_compile.runtime.timeline import Timeline
 
@@ -80,9 +81,9 @@ class Work:
     def stages(self) -> list[Stage]:
         return [
             Stage("faces", self.cut, True),
-            Stage("encode", self.encode, True),
-            Stage("denoise", self.denoise, True),
-            Stage("decode", self.decode, True),
+            Stage("encode", self.encode, True, NETWORKS),
+            Stage("denoise", self.denoise, True, NETWORKS),
+            Stage("decode", self.decode, True, NETWORKS),
             Stage("paste", self.paste, True),
         ]
 

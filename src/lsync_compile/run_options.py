@@ -274,7 +274,7 @@ class RunOptions:
         default="auto",
         metadata=about(
             "Read, find faces, encode, denoise, decode and paste in stages that overlap, each in "
-            "a thread and on a stream of its own; same bytes. `auto` is on for a GPU.",
+            "a thread of its own, the networks on one stream; same bytes. `auto` is on for a GPU.",
             choices=("auto", "on", "off"),
             rebuild=False,
         ),

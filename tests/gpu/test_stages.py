@@ -5,7 +5,9 @@ Needs no video libraries: ``pytest --noconftest tests/gpu/test_stages.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -95,6 +97,35 @@ def test_no_host_waits_for_the_device_between_stages() -> None:
     for _ in PipelineParallelProcessor(source, [Stage("a", work, True)], CUDA, parallel=True):
         pass
     assert not all(launched)
+
+
+def test_stages_on_one_stream_run_one_after_the_other() -> None:
+    """And still give what they give apart."""
+    torch.manual_seed(0)
+    weights = [torch.randn(1024, 1024, device=CUDA) / 32 for _ in range(2)]
+    inputs = [torch.randn(2048, 1024).pin_memory() for _ in range(8)]
+    runs = []
+    for stream in ("", "networks"):
+        seen: set[int] = set()
+        shared = [
+            replace(each, work=functools.partial(noting_stream, each.work, seen), stream=stream)
+            for each in stages(weights, generator())
+        ]
+        source = (Passing(number, value) for number, value in enumerate(inputs))
+        done = PipelineParallelProcessor(source, shared, CUDA, parallel=True)
+        runs.append([passing.value for passing in done])
+        assert len(seen) == (1 if stream else len(shared))
+    for apart, together in zip(*runs, strict=True):
+        assert torch.equal(apart, together)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator(CUDA).manual_seed(1)
+
+
+def noting_stream(work: Callable[[Passing], Passing], seen: set[int], passing: Passing) -> Passing:
+    seen.add(torch.cuda.current_stream().cuda_stream)
+    return work(passing)
 
 
 @pytest.mark.parametrize("resolution", [256, 512])

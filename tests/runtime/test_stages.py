@@ -55,6 +55,23 @@ def test_items_pass_all_stages_in_order(parallel: bool) -> None:
     assert lsync_threads() == []
 
 
+def test_stages_share_the_stream_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two networks at a time can stop a GPU."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    monkeypatch.setattr(PipelineParallelProcessor, "_on_gpu", True)
+    stages = [
+        Stage("faces", abs, True),
+        Stage("encode", abs, True, "networks"),
+        Stage("text", str),
+        Stage("decode", abs, True, "networks"),
+        Stage("paste", abs, True),
+    ]
+    streams = PipelineParallelProcessor([], stages, CPU, parallel=True)._streams()
+    assert streams[1] is streams[3]
+    assert streams[2] is None
+    assert len({id(streams[place]) for place in (0, 1, 4)}) == 3
+
+
 def test_stages_overlap() -> None:
     stages = [nap(0.05)] * 3
     begin = time.perf_counter()

@@ -26,6 +26,9 @@ from lsync_compile.runtime.stages import PipelineParallelProcessor, Stage
 
 Advance = Callable[[int], None]
 
+# The stream of the stages that replay a network's graph: side by side they stopped an H100.
+NETWORKS = "networks"
+
 
 @dataclass
 class _Passing:
@@ -80,9 +83,9 @@ class Run:
         on_device = job.tracker.batch is not None
         stages = [
             Stage("faces", _each(self._place), on_device),
-            Stage("encode", _each(self._encode), True),
-            Stage("denoise", lambda group: self._denoise(group, advance), True),
-            Stage("decode", _each(self._decode), True),
+            Stage("encode", _each(self._encode), True, NETWORKS),
+            Stage("denoise", lambda group: self._denoise(group, advance), True, NETWORKS),
+            Stage("decode", _each(self._decode), True, NETWORKS),
             Stage("paste", _each(self._paste), on_device),
         ]
         size = self._synthesizer.batcher.limit

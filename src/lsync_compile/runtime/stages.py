@@ -1,10 +1,10 @@
 """The work of a run as stages that overlap: while one chunk is denoised the next is read.
 
-Each stage has a thread and, on a GPU, a stream of its own. Chunks pass through bounded queues in
-their order, one chunk in one stage at a time, so whatever a stage does it does in the same order
-as the serial run, and the results are the same bytes. On the device an event is handed on with
-each chunk: the next stage's stream waits for it, the host does not, and there is no device-wide
-synchronisation.
+Each stage has a thread and, on a GPU, a stream of its own or one that it shares with others. Chunks
+pass through bounded queues in their order, one chunk in one stage at a time, so whatever a stage
+does it does in the same order as the serial run, and the results are the same bytes. On the device
+an event is handed on with each chunk: the next stage's stream waits for it, the host does not, and
+there is no device-wide synchronisation.
 
 No thread waits without end for another: each looks every tenth of a second whether the run has been
 given up, and a run that stands still says so (:mod:`lsync_compile.runtime.waits`).
@@ -39,12 +39,15 @@ class Stage:
     Attributes:
         name: in the report and in traces.
         work: item in, item out; called for the items in their order, by one thread.
-        on_device: whether it launches work on the device, and so runs on a stream of its own.
+        on_device: whether it launches work on the device, and so runs on a stream.
+        stream: stages on the device that name the same one share it, and so take turns there; the
+            others have one each.
     """
 
     name: str
     work: Callable[[Any], Any]
     on_device: bool = False
+    stream: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class PipelineParallelProcessor:
     def _overlapped(self) -> Iterator[Any]:
         queues: list[queue.Queue[Any]] = [queue.Queue(1) for _ in range(len(self._stages) + 1)]
         start = self._event()
-        streams = [self._stream() if stage.on_device else None for stage in self._stages]
+        streams = self._streams()
         names = [self._reading, *(stage.name for stage in self._stages), _CALLER]
         jobs: list[tuple[str, Callable[[], None]]] = [
             (self._reading, lambda: self._feed(_Link(queues[0], self._reading, names[1])))
@@ -272,8 +275,18 @@ class PipelineParallelProcessor:
     def _on_gpu(self) -> bool:
         return self._device.type == "cuda"
 
-    def _stream(self) -> Any:
-        return torch.cuda.Stream(self._device) if self._on_gpu else None
+    def _streams(self) -> list[Any]:
+        """Each stage's stream; None where it works on the host, or there is no GPU."""
+        shared: dict[str, Any] = {}
+        streams: list[Any] = []
+        for stage in self._stages:
+            stream = shared.get(stage.stream)
+            if stream is None and stage.on_device and self._on_gpu:
+                stream = torch.cuda.Stream(self._device)
+            if stage.stream:
+                shared[stage.stream] = stream
+            streams.append(stream)
+        return streams
 
     def _event(self) -> Any:
         """An event after all that the current stream has been given; None without a GPU."""
