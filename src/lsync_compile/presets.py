@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Chunks after the first take 5 and 3 of 20 steps, in turbo with guidance in the first of them alone.
+# Chunks after the first take 5 and 3 of 20 steps, turbo's with guidance in the first alone.
 _REGION = {"lip_attention": True, "crop_decode": True}
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
