@@ -1,4 +1,4 @@
-"""A projection and its gate in one: references as they stand, the kernel in the interpreter."""
+"""A projection and its gate in one: references as they stand, both kernels in the interpreter."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from lsync_compile.kernels.accuracy import error, exact, largest_error, poisoned
 from lsync_compile.kernels.launch import INTERPRETED, Kernel
 from lsync_compile.kernels.linear_geglu_kernels import (
     _linear_geglu_tiles,
+    stream,
+    streams,
     takes,
     tiles,
 )
@@ -46,13 +48,15 @@ def test_is_exact(normal, dtype, rows, depth, columns, bias):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="launches kernels")
+@pytest.mark.parametrize("call", [tiles, stream])
 @pytest.mark.parametrize(("rows", "columns"), [(150, 136), (128, 128), (1, 8)])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_the_kernel_writes_all_and_no_more(normal, rows, columns, bias):
+def test_both_kernels_write_all_and_no_more(normal, call, rows, columns, bias):
     arguments = draw(normal, rows, 128, columns, torch.float16, bias)
     assert takes(*arguments)
+    assert streams(*arguments)
     with poisoned_memory():
-        out = tiles(*arguments)
+        out = call(*arguments)
     assert out.shape == (rows, columns)
     assert largest_error(out, exact(SPEC, *arguments)) <= SPEC.tolerances[torch.float16].relative
 
@@ -92,6 +96,9 @@ def test_it_is_asked_for_what_it_takes(normal):
     assert not takes(x, weight[:24], bias[:24])
     assert not takes(x, weight[::2], bias[::2])  # rows apart
     assert not takes(normal(4, 65, dtype=torch.float16)[:, :64], weight, bias)
+    shifted = normal(5 * 64, dtype=torch.float16)[4 : 4 + 4 * 64].view(4, 64)
+    assert streams(x, weight, bias)
+    assert not streams(shifted, weight, bias)
 
 
 def test_is_the_activation_of_diffusers(normal):

@@ -17,8 +17,8 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
 ]
 
-# Its tiles fill the registers, and asynchronous copies feed it.
-PRODUCTS = {"linear_geglu_tiles"}
+# Their tiles fill the registers, and the copy engine or asynchronous copies feed them.
+PRODUCTS = {"linear_geglu_tiles", "linear_geglu_stream"}
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ def test_every_kernel_compiles_for_sm90_without_spills(script):
         "softmax_weights",
         "geglu",
         "linear_geglu_tiles",
+        "linear_geglu_stream",
         "add_layer_norm",
         "group_norm_small",
         "group_norm_moments",

@@ -24,14 +24,16 @@ from lsync_compile.cores import usable_cores
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # platforms without Triton
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 __all__ = [
     "INTERPRETED",
     "Config",
     "Kernel",
     "Launch",
+    "TensorDescriptor",
     "function",
     "kernel",
     "record_launches",
@@ -187,8 +189,9 @@ def function(body: Callable[..., Any]) -> Any:
 
 
 def _tensor(args: Iterable[Any]) -> Tensor:
-    """The first tensor among a kernel's arguments."""
-    return next(value for value in args if isinstance(value, Tensor))
+    """The first tensor among a kernel's arguments, or the one that a descriptor is of."""
+    found = (getattr(value, "base", value) for value in args)
+    return next(value for value in found if isinstance(value, Tensor))
 
 
 def runs_kernel(x: Tensor) -> bool:

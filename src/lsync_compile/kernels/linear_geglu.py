@@ -31,6 +31,7 @@ def _library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "library": _library,
     "tiles": kernels.tiles,
+    "stream": kernels.stream,
 }
 """What to choose from, on ``x (rows, channels)``."""
 
@@ -61,6 +62,8 @@ def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:
     """Those of `KERNELS` that take these tensors; on a CPU for the interpreter."""
     own = runs_kernel(x) or recording()
     names = ["library"]
+    if own and kernels.streams(x, weight, bias):
+        names.append("stream")
     if own and kernels.takes(x, weight, bias):
         names.append("tiles")
     return names

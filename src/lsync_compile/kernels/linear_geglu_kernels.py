@@ -5,9 +5,9 @@ A product's columns are values and gates in turn: rows of the weight are read so
 value 1, gate 1 and on. Tensor cores leave neighbouring columns in one thread, which can gate the
 one with the other in its registers. The weight itself stays as it is.
 
-One program a tile: its gating overlaps with another program's product on the same multiprocessor.
-Programs that go on from tile to tile, fed by Hopper's copy engine, were faster at some shapes and
-are gone: under Triton 3.6 they stopped for ever where another stream's kernels ran beside them.
+Two kernels, of which the faster depends on the shape: one program a tile, whose gating overlaps
+with another program's product on the same multiprocessor; and programs that go on from tile to
+tile, fed by Hopper's copy engine.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from lsync_compile.kernels.geglu import normal_cdf
-from lsync_compile.kernels.launch import Config, function, kernel, tl
+from lsync_compile.kernels.launch import Config, TensorDescriptor, function, kernel, tl
 
 DEPTH = 64  # channels of the input taken together
-PROGRAMS = 132  # multiprocessors of an H100
+PROGRAMS = 132  # multiprocessors of an H100, for tensors that are on no GPU
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -106,6 +106,42 @@ def _linear_geglu_tiles(
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), kept)
 
 
+@kernel(
+    [Config({"ROWS": 128, "COLUMNS": 128, "GROUP": 8}, warps=8, stages=3)],
+    key=("rows", "columns", "depth"),
+)
+def _linear_geglu_stream(
+    bias_ptr,  # (2 * columns,), contiguous, or none
+    x,  # descriptor of (rows, depth), blocks (ROWS, DEPTH)
+    weight,  # of (columns, 2, depth), value and gate of a column, blocks (COLUMNS, 2, DEPTH)
+    out,  # of (rows, columns), blocks (ROWS, COLUMNS)
+    rows,
+    columns,
+    depth,
+    programs,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    across, down = tl.cdiv(columns, COLUMNS), tl.cdiv(rows, ROWS)
+    for tile in tl.range(tl.program_id(0), across * down, programs):
+        down_at, across_at = _place(tile, down, across, GROUP)
+        acc = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
+        for start in range(0, depth, DEPTH):
+            rows_of_x = x.load([down_at * ROWS, start])
+            turns = weight.load([across_at * COLUMNS, 0, start]).reshape(2 * COLUMNS, DEPTH)
+            acc = tl.dot(rows_of_x, turns.T, acc)
+        column = across_at * COLUMNS + tl.arange(0, COLUMNS)
+        value_bias = tl.zeros((COLUMNS,), tl.float32)
+        gate_bias = tl.zeros((COLUMNS,), tl.float32)
+        if bias_ptr is not None:
+            value_bias += tl.load(bias_ptr + column, column < columns, 0.0).to(tl.float32)
+            gate_bias += tl.load(bias_ptr + columns + column, column < columns, 0.0).to(tl.float32)
+        gated = _gated(acc, value_bias, gate_bias, ROWS, COLUMNS)
+        out.store([down_at * ROWS, across_at * COLUMNS], gated.to(out.dtype))
+
+
 def tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One program a tile, on tensors that `takes` allows: ``(rows, depth)`` -> ``(rows, C)``."""
     rows, depth = x.shape
@@ -119,9 +155,43 @@ def tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def stream(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Programs that go from tile to tile, on tensors that `streams` allows."""
+    rows, depth = x.shape
+    out = x.new_empty(rows, weight.shape[0] // 2)
+    columns = out.shape[1]
+    (config,) = _linear_geglu_stream.configs
+    high, wide = config.blocks["ROWS"], config.blocks["COLUMNS"]
+    programs = min(_processors(x), -(-rows // high) * -(-columns // wide))
+    turns = weight.view(2, columns, depth).transpose(0, 1)
+    _linear_geglu_stream.launch(
+        lambda blocks: (programs,),
+        bias,
+        TensorDescriptor(x, [rows, depth], [x.stride(0), 1], [high, DEPTH]),
+        TensorDescriptor(turns, [columns, 2, depth], [*turns.stride()], [wide, 2, DEPTH]),
+        TensorDescriptor(out, [rows, columns], [columns, 1], [high, wide]),
+        rows, columns, depth, programs,
+        DEPTH=DEPTH,
+    )  # fmt: skip
+    return out
+
+
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `tiles` computes this: rows of 16-byte multiples in half precision."""
     fits = x.dtype == weight.dtype and x.dtype in HALF and x.shape[0] > 0
     fits = fits and x.shape[1] % DEPTH == 0 and weight.shape[0] % 16 == 0
     fits = fits and x.stride(1) == 1 and x.stride(0) % 8 == 0 and weight.is_contiguous()
     return fits and (bias is None or bias.is_contiguous())
+
+
+def streams(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `stream` does: it needs a copy engine, and memory that starts at 16 bytes."""
+    aligned = x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device) == (9, 0)
+    return TensorDescriptor is not None and aligned and hopper and takes(x, weight, bias)
+
+
+def _processors(x: Tensor) -> int:
+    if not x.is_cuda:
+        return PROGRAMS
+    return int(torch.cuda.get_device_properties(x.device).multi_processor_count)

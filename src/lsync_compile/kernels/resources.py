@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lsync_compile.kernels.launch import OPTIONS, Config, Launch
+from lsync_compile.kernels.launch import OPTIONS, Config, Launch, TensorDescriptor
 
 _POINTERS = {
     torch.float16: "*fp16",
@@ -99,6 +99,9 @@ def _specialise(value: Any) -> tuple[str, bool]:
     if isinstance(value, torch.Tensor):
         # A meta tensor has no address: its offset tells whether a view is aligned.
         return _POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        block = ", ".join(map(str, value.block_shape))
+        return f"tensordesc<{_POINTERS[value.base.dtype][1:]}[{block}]>", False
     if isinstance(value, float):
         return "fp32", False
     if value is None or isinstance(value, bool) or value == 1:
