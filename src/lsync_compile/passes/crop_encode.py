@@ -127,9 +127,11 @@ def _ends(graph: Graph) -> tuple[Node | None, Node | None]:
     pictures = [
         node
         for node in graph.find_nodes(op="placeholder")
-        if len(shape(node)) == 4 and shape(node)[0] == count and cut in between(node, cut)
+        # Weights have four dimensions too, and perhaps as many channels as there are pictures.
+        if len(shape(node)) == 4 and shape(node)[0] == count and shape(node)[2] % height == 0
+        if cut in between(node, cut)
     ]
-    if len(pictures) != 1 or shape(pictures[0])[2] % height:
+    if len(pictures) != 1:
         return None, None
     picture = pictures[0]
     head = between(picture, cut)
