@@ -105,20 +105,28 @@ def test_an_error_inside_leaves_nothing() -> None:
     assert current_region() is None
 
 
-def test_a_run_with_both_options(tiny_pipeline: LatentSyncPipeline, make_clip) -> None:
+def test_a_run_with_all_options(tiny_pipeline: LatentSyncPipeline, make_clip) -> None:
     """Graphs are rewritten, the kept part is the original's, a run leaves nothing to the next."""
     one, other = make_clip(4, name="one.mp4"), make_clip(4, name="other.mp4", size=(128, 160))
 
     def run(pipe: LatentSyncPipeline, clip: Path) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         (chunk,) = pipe.synthesize(
-            clip, num_frames=4, max_frames=4, num_inference_steps=1, generator=generator
+            clip, num_frames=4, max_frames=4, num_inference_steps=2, generator=generator
         )
         return chunk.synced
 
     plain = run(tiny_pipeline, other)
     fast = lsync_compile.compile(
-        tiny_pipeline, lowering="eager", lip_attention=True, lip_pool="2", crop_decode=True
+        tiny_pipeline,
+        lowering="eager",
+        lip_attention=True,
+        lip_pool="2",
+        crop_decode=True,
+        crop_encode=True,
+        crop_halo=0,  # of 8 rows of latents
+        guided_steps=1,
+        temporal_start="off",
     )
     alone, _, after = run(fast, other), run(fast, one), run(fast, other)
     report = fast.lsync.report()
@@ -131,7 +139,10 @@ def test_a_run_with_both_options(tiny_pipeline: LatentSyncPipeline, make_clip) -
     }
     assert applied["unet", "lip_attention"] > 0
     assert applied["vae.decoder", "crop_decode"] > 0
-    assert report.counters["recompiles"] == report.counters["variants"] == 0
+    assert applied["vae.encoder", "crop_encode"] > 0
+    # One graph for both halves of guidance, one for that with the sound.
+    assert [graph.target for graph in report.graphs].count("unet") == 2
+    assert report.counters["recompiles"] == 0
     assert torch.equal(alone, after)
     kept = tiny_pipeline.mask.expand(3, -1, -1) == 1
     assert torch.equal(alone[:, kept], plain[:, kept])
