@@ -25,7 +25,7 @@ KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("matmul", r"linear_geglu|gemm|cutlass|cublas|nvjet|matmul"),
         ("matmul", r"addmm|\bmm\b|_mm_|aten::(mm|bmm|linear)$"),
         ("concatenation", r"cat(array|_)|aten::cat$"),
-        ("pointwise", r"triton_poi|elementwise|geglu|gelu|silu|quantise"),
+        ("pointwise", r"triton_poi|elementwise|geglu|gelu|silu|quantise|spread"),
         ("pointwise", r"aten::(add|mul|sub|div)_?$"),
         ("reduction", r"triton_red|triton_per|reduce"),
     )

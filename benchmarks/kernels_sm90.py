@@ -24,6 +24,7 @@ from lsync_compile.kernels import registered
 from lsync_compile.kernels.launch import Config, Launch, record_launches
 from lsync_compile.kernels.linear_geglu_kernels import stream
 from lsync_compile.kernels.resources import compile_sm90
+from lsync_compile.kernels.upsample_conv_kernels import spread
 
 # Precisions of the UNet, and float32 at the largest and the widest level.
 DTYPES = {torch.float16: (64, 32, 16, 8), torch.bfloat16: (64,), torch.float32: (64, 16)}
@@ -44,6 +45,9 @@ def launches() -> Iterator[tuple[str, Launch]]:
                 if case.kernel == "linear_geglu" and dtype != torch.float32:
                     x, *rest = case.arguments(draw)
                     stream(x.flatten(0, -2), *rest)  # which an H100 chooses by its times
+                if case.kernel == "upsample_conv":
+                    x, _, bias, _ = case.arguments(draw)
+                    spread(x, bias, x.new_empty(x.shape).to(memory_format=torch.channels_last))
             for launch in {each.kernel.name: each for each in recorded}.values():
                 yield f"{str(dtype).removeprefix('torch.')} {case.label}", launch
 
