@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lsync_compile.errors import MediaError
+
 
 def partial_name(path: Path) -> Path:
     """A hidden name beside a file for its unfinished content, with the suffix and this process."""
@@ -36,6 +38,19 @@ def replaced(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of text that appears whole or not at all; it is UTF-8.
+
+    Raises:
+        MediaError: the folder is missing, or cannot be written to.
+    """
+    try:
+        with replaced(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from rich.markup import escape
 from lsync_compile.bars import one_bar
 from lsync_compile.devices import choose_devices
 from lsync_compile.errors import MediaError, OptionError
-from lsync_compile.files import replaced
+from lsync_compile.files import write_whole
 from lsync_compile.jobs.display import spread_bars
 from lsync_compile.jobs.listing import JobOutcome, ListedJob, read_jobs, run_jobs
 from lsync_compile.jobs.ranks import Meeting, Rank, current_rank, run_claimed
@@ -214,13 +214,8 @@ def write_report(report: Path | None, text: str) -> None:
     Raises:
         MediaError: it cannot be written.
     """
-    if report is None:
-        return
-    try:
-        with replaced(report) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise MediaError(f"{report}: cannot be written: {error.strerror}") from error
+    if report is not None:
+        write_whole(report, f"{text}\n")
 
 
 def _nothing(job: ListedJob) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsync_compile.errors import MediaError
-from lsync_compile.files import replaced
+from lsync_compile.files import write_whole
 from lsync_compile.quality.bars import Verdict
 from lsync_compile.quality.compare import Study
 from lsync_compile.quality.extra import require
@@ -62,11 +62,7 @@ def write_page(
     """
     check_target(path)
     text = render_page(study, runs, verdicts)
-    try:
-        with replaced(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MediaError(f"{path}: cannot be written: {error.strerror}") from error
+    write_whole(path, text)
 
 
 def check_target(path: Path) -> None:

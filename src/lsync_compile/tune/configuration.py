@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lsync_compile.errors import MediaError, OptionError
-from lsync_compile.files import replaced
+from lsync_compile.errors import OptionError
+from lsync_compile.files import write_whole
 from lsync_compile.options import resolve_options
 
 
@@ -42,11 +42,7 @@ def write_configuration(path: Path, options: Mapping[str, Any], **about: Any) ->
         MediaError: the folder is missing or cannot be written to.
     """
     text = json.dumps({"options": dict(options), **about}, indent=2, allow_nan=False) + "\n"
-    try:
-        with replaced(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MediaError(f"{path}: cannot be written: {error.strerror}") from error
+    write_whole(path, text)
 
 
 @dataclass(frozen=True)
