@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 from lsync_compile.errors import OptionError
-from lsync_compile.jobs.listing import JobOutcome, ListedJob, do_job
+from lsync_compile.jobs.listing import JobOutcome, ListedJob, run_jobs
 
 _LONG = timedelta(days=30)  # one process may wait for the last clip of another
 
@@ -116,12 +116,9 @@ def run_claimed(
     Raises:
         Interrupted: the user wants to stop; what is finished stays.
     """
-    outcomes = []
-    for number in meeting.claims(len(jobs)):
-        outcome = do_job(jobs[number], sync, redo=redo, device=device)
-        outcomes.append(outcome)
-        tell(outcome)
-    return outcomes
+    # One is claimed when the one before is done.
+    claimed = (jobs[number] for number in meeting.claims(len(jobs)))
+    return run_jobs(claimed, sync, redo=redo, device=device, tell=tell)
 
 
 def _key(index: int) -> str:
