@@ -30,7 +30,7 @@ from lsync_compile.cli_options import (
     Quiet,
     Resolution,
 )
-from lsync_compile.devices import choose_device, choose_dtype
+from lsync_compile.devices import choose_device
 from lsync_compile.errors import Interrupted, LsyncError, OptionError
 from lsync_compile.quality.calibrate_cli import calibrate
 from lsync_compile.quality.cli import quality
@@ -279,14 +279,10 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Say what the backend does with a checkpoint's networks, pass by pass, and why not."""
-    import lsync_compile
     from lsync_compile.explain import explain as explain_module
+    from lsync_compile.loading import load_plain
 
-    place = choose_device(device)
-    number_format = choose_dtype(dtype, place)
-    pipe = lsync_compile.LatentSyncPipeline.from_pretrained(
-        checkpoint, torch_dtype=number_format, device=place, resolution=resolution
-    )
+    pipe = load_plain(checkpoint, choose_device(device), dtype=dtype, resolution=resolution)
     inputs = pipe.example_inputs(num_frames, guidance)
     explanation = explain_module(
         pipe,

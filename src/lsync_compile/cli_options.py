@@ -1,13 +1,16 @@
-"""Options that several commands have, each written once."""
+"""Options and exit codes that several commands have, each written once."""
 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lsync_compile.devices import DType
+from lsync_compile.loading import usual_lowering
+
+UNFINISHED = 75  # exit code EX_TEMPFAIL: the same call goes on
 
 
 class Lowering(str, Enum):
@@ -15,6 +18,11 @@ class Lowering(str, Enum):
 
     inductor = "inductor"
     eager = "eager"
+
+
+def lowering_on(device: Any, chosen: Lowering | None) -> str:
+    """The lowering that a command was given, or the usual one."""
+    return usual_lowering(device) if chosen is None else chosen.value
 
 
 class Detector(str, Enum):

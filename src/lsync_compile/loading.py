@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lsync_compile.cli_options import Lowering
 from lsync_compile.devices import DType, choose_device, choose_dtype
 
 
@@ -73,8 +72,3 @@ def usual_lowering(device: Any) -> str:
     """What runs a compiled graph on a device where nothing else is asked for."""
     # Inductor's C++ takes minutes on a CPU, more than it saves on one clip.
     return "inductor" if device.type == "cuda" else "eager"
-
-
-def lowering_on(device: Any, chosen: Lowering | None) -> str:
-    """The lowering that a command was given, or the usual one."""
-    return usual_lowering(device) if chosen is None else chosen.value

@@ -11,10 +11,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lsync_compile.cli_options import AsJson, ChunkFrames, Device, NumberFormat, Quiet
+from lsync_compile.cli_options import (
+    UNFINISHED,
+    AsJson,
+    ChunkFrames,
+    Device,
+    NumberFormat,
+    Quiet,
+)
 from lsync_compile.errors import OptionError
-
-UNFINISHED = 75  # EX_TEMPFAIL: the same call goes on
 
 
 class Size(str, Enum):

@@ -20,6 +20,7 @@ from lsync_compile.cli_options import (
     Device,
     LoweringName,
     Quiet,
+    lowering_on,
 )
 
 
@@ -58,7 +59,7 @@ def calibrate(
     cache folder, for runs with deep_cache_schedule=calibrated.
     """
     from lsync_compile.devices import choose_device
-    from lsync_compile.loading import load_plain, lowering_on
+    from lsync_compile.loading import load_plain
     from lsync_compile.quality.calibrate import calibrate as find
     from lsync_compile.quality.compare import Clip
     from lsync_compile.runtime.calibration import save_calibration

@@ -19,6 +19,7 @@ from lsync_compile.cli_options import (
     Device,
     LoweringName,
     NumberFormat,
+    lowering_on,
 )
 from lsync_compile.options import resolve_options
 
@@ -94,7 +95,7 @@ def quality(
 ) -> None:
     """Compare a way of running with the unoptimised 20-step run, same seed, same inputs."""
     from lsync_compile.devices import choose_device
-    from lsync_compile.loading import load_plain, lowering_on
+    from lsync_compile.loading import load_plain
     from lsync_compile.quality.bars import judge_presets
     from lsync_compile.quality.compare import REFERENCE, Clip, Compiler, compare
     from lsync_compile.quality.report import check_target, write_page

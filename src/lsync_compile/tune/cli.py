@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lsync_compile.bars import progress_bars
 from lsync_compile.cli_options import (
+    UNFINISHED,
     AsJson,
     Checkpoint,
     ChunkFrames,
@@ -20,11 +21,12 @@ from lsync_compile.cli_options import (
     LoweringName,
     NumberFormat,
     Quiet,
+    lowering_on,
 )
 from lsync_compile.errors import MediaError
+from lsync_compile.tune.search import TOLERANCE
 
 TOO_SLOW = 1
-UNFINISHED = 75  # EX_TEMPFAIL: the same call goes on
 MIN_CHUNKS = 3
 
 
@@ -45,7 +47,7 @@ def tune(
     tolerance: Annotated[
         float,
         typer.Option(min=0.0, max=0.5, help="Share of the speed to give away for quality."),
-    ] = 0.03,
+    ] = TOLERANCE,
     seconds: Annotated[
         float | None,
         typer.Option(min=0.0, help="Start no trial that would end later; the same call goes on."),
@@ -79,7 +81,7 @@ def tune(
     from dataclasses import asdict
 
     from lsync_compile.devices import choose_device
-    from lsync_compile.loading import load_plain, lowering_on
+    from lsync_compile.loading import load_plain
     from lsync_compile.quality.compare import Clip, describe_machine
     from lsync_compile.runtime.clip_cache import clip_key
     from lsync_compile.tune.configuration import conditions_of, write_configuration

@@ -9,17 +9,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lsync_compile.devices import DType
+from lsync_compile.cli_options import Checkpoint, Device, NumberFormat, Resolution
 
 
 def web(
-    checkpoint: Annotated[
-        str, typer.Option(help="'mini' (bundled) or the folder of a LatentSync 1.5/1.6 checkpoint.")
-    ] = "mini",
-    resolution: Annotated[
-        int | None,
-        typer.Option(help="Side of the face in pixels, for checkpoints in which nothing says so."),
-    ] = None,
+    checkpoint: Checkpoint = "mini",
+    resolution: Resolution = None,
     preset: Annotated[
         str, typer.Option(help="exact, balanced or turbo: the one chosen at first.")
     ] = "balanced",
@@ -27,12 +22,8 @@ def web(
         str | None, typer.Option(help="inductor (default on a GPU) or eager.")
     ] = None,
     detector: Annotated[str, typer.Option(help="mtcnn or insightface.")] = "mtcnn",
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1, cpu; the first GPU if any.")
-    ] = None,
-    dtype: Annotated[
-        DType | None, typer.Option(help="float16 on a GPU and float32 on a CPU by default.")
-    ] = None,
+    device: Device = None,
+    dtype: NumberFormat = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 lets the whole network in.")
     ] = "127.0.0.1",
