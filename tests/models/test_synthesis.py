@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from fixtures import recorded_job
 from torch import Tensor
 
 from lsync_compile.models.conditions import redrawn
-from lsync_compile.models.job import Job
 from lsync_compile.models.pipeline import LatentSyncPipeline
 from lsync_compile.models.synthesis import ChunkSynthesizer
 from lsync_compile.options import resolve_options
@@ -23,23 +21,7 @@ def synthesizer(
     pipeline: LatentSyncPipeline, seed: int = 3, session: Session | None = None
 ) -> ChunkSynthesizer:
     """For a run without clip and sound, which the networks never see."""
-    job = Job(
-        video_path=Path("none.mp4"),
-        sound=torch.zeros(1).numpy(),
-        count=FRAMES,
-        fps=25,
-        num_frames=FRAMES,
-        num_inference_steps=2,
-        guidance_scale=1.5,
-        eta=0.0,
-        mask=pipeline.mask,
-        generator=torch.Generator().manual_seed(seed),
-        callback=None,
-        callback_steps=1,
-        progress=None,
-        tracker=None,  # type: ignore[arg-type]
-        session=session,
-    )
+    job = recorded_job(pipeline, FRAMES, steps=2, seed=seed, session=session)
     return ChunkSynthesizer(
         pipeline.vae, pipeline.unet, pipeline.scheduler, job, torch.device("cpu")
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import recorded_job
+from fixtures import recorded_job, still_chunk
 from torch import Tensor, nn
 
 from lsync_compile.models.pipeline import LatentSyncPipeline
@@ -62,10 +62,7 @@ class Calls:
 @pytest.fixture
 def inputs() -> tuple[Tensor, Tensor]:
     """Faces and sound of a chunk."""
-    generator = torch.Generator().manual_seed(0)
-    faces = torch.randint(0, 256, (1, 3, 64, 64), generator=generator)
-    faces = faces.expand(FRAMES, -1, -1, -1).to(torch.uint8)
-    return faces, torch.randn(FRAMES, 50, 384, generator=generator)
+    return still_chunk(FRAMES)
 
 
 def test_later_steps_take_what_the_sound_changed_in_the_last_of_the_first(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import RecordedChunk, mini, mouth_psnr, recorded_chunks, recorded_job
+from fixtures import RecordedChunk, mini, mouth_psnr, recorded_chunks, recorded_job, still_chunk
 from torch import Tensor
 
 from lsync_compile.models.conditions import Conditions, Prepared
@@ -56,10 +56,7 @@ class Run:
 @pytest.fixture
 def inputs() -> tuple[Tensor, Tensor]:
     """Faces and sound of a chunk."""
-    generator = torch.Generator().manual_seed(0)
-    faces = torch.randint(0, 256, (1, 3, 64, 64), generator=generator)
-    faces = faces.expand(FRAMES, -1, -1, -1).to(torch.uint8)
-    return faces, torch.randn(FRAMES, 50, 384, generator=generator)
+    return still_chunk(FRAMES)
 
 
 def test_without_options_nothing_differs(
