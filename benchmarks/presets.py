@@ -39,7 +39,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "turbo": {"preset": "turbo"},
     "3 steps, 1 guided": {"preset": "turbo", "temporal_strength": 0.15, "guided_steps": 1},
     "2 steps, 1 guided": TWO_STEPS,
-    "2 steps, 1 guided, crop encode": {**TWO_STEPS, "crop_encode": True},
+    "turbo, crop encode": {"preset": "turbo", "crop_encode": True},
     "DeepCache 3/0": DEEP_CACHE,
 }
 

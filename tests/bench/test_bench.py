@@ -234,3 +234,12 @@ def test_options_of_the_runtime_reach_the_networks(plan: Plan, tmp_path: Path) -
     assert row["unet_calls"] == 1
     assert row["notes"] == []
     assert row["step_error"] < 1e-3
+
+
+def test_chunks_go_on_from_one_another(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What starts from the chunk before is timed doing so, and not as after a cut."""
+    options = {"preset": "balanced", "temporal_strength": 0.25, "kernels": "off"}
+    row = Row("balanced", rows.LSYNC, {**options, "lowering": "eager"}, exact=False)
+    monkeypatch.setattr(Plan, "rows", lambda *_: [row])
+    results, _ = run(dataclasses.replace(plan, frames=8, steps=4))
+    assert results.sections[0]["rows"][0]["unet_calls"] == 1

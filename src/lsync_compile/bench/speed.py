@@ -74,7 +74,9 @@ class Chunks:
         self.run = ChunkSynthesizer(vae, self.unet, scheduler, job, self.device)  # type: ignore[arg-type]
         coarse = torch.rand(1, 3, side // 8, side // 8, generator=generator)
         face = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
-        moved = [face.roll(shift, dims=-1) for shift in range(frames)]
+        # There and back: a chunk goes on where the last one ended. What starts from the chunk
+        # before would else take each for a cut.
+        moved = [face.roll(min(n, frames - 1 - n), dims=-1) for n in range(frames)]
         self.faces = (255 * torch.cat(moved)).to(torch.uint8)
         width = unet.config.cross_attention_dim
         self.audio = torch.randn(frames, TOKENS, width, generator=generator)
