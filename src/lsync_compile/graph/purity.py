@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from typing import Any
@@ -79,10 +80,21 @@ def _argument(node: Node, name: str) -> object:
     """The value of a named argument however it was passed; None for functions written in C."""
     if name in node.kwargs:
         return node.kwargs[name]
+    signature = _signature(node.target)
+    if signature is None or name not in signature.parameters:
+        return None
     try:
-        signature = inspect.signature(node.target)  # type: ignore[arg-type]  # a callable here
         return signature.bind(*node.args, **node.kwargs).arguments.get(name)
-    except (TypeError, ValueError):  # no signature, or one that does not fit
+    except TypeError:  # it does not fit
+        return None
+
+
+@functools.lru_cache(1024)
+def _signature(function: Any) -> inspect.Signature | None:
+    """None where it has none, as many functions written in C."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
         return None
 
 
