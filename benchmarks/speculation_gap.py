@@ -79,9 +79,9 @@ def main() -> None:
         elif change == "silent":
             audio = torch.zeros_like(audio)
         given = Conditions(torch.cat([torch.zeros_like(audio), audio]), torch.cat([fixed, fixed]))
-        pixels, noise = torch.zeros(frames, 3, 8, 8), chunks["full"].noise
-        walk = run.pace.begin(number, pixels, fixed[:, -4:], noise, run.scheduler, {})
-        return Lane(walk, given, run.scheduler, Prepared(pixels, []))
+        faces, noise = Prepared(torch.zeros(frames, 3, 8, 8), []), chunks["full"].noise
+        walk = run.pace.begin(number, faces, fixed[:, -4:], noise, run.scheduler, {})
+        return Lane(walk, given, run.scheduler, faces)
 
     def whole(one: Lane) -> tuple[list[Tensor], list[Tensor]]:
         predict, ways, noises = run._shared_calls([one]), [one.walk.latents], []

@@ -387,11 +387,11 @@ def test_the_trained_model_to_rounding(
             conditions = Conditions(
                 torch.cat([torch.zeros_like(audio), audio]), torch.cat([fixed, fixed])
             )
-            pixels, scheduler = torch.zeros(count, 3, 8, 8), run.synthesizer.scheduler
+            faces, scheduler = Prepared(torch.zeros(count, 3, 8, 8), []), run.synthesizer.scheduler
             walk = run.synthesizer.pace.begin(
-                number, pixels, fixed[:, -4:], tail.noise, scheduler, {}
+                number, faces, fixed[:, -4:], tail.noise, scheduler, {}
             )
-            lanes.append(Lane(walk, conditions, scheduler, Prepared(pixels, [])))
+            lanes.append(Lane(walk, conditions, scheduler, faces))
         with torch.no_grad():
             return [
                 latents

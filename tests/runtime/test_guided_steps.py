@@ -10,6 +10,7 @@ import torch
 from fixtures import recorded_job, still_chunk
 from torch import Tensor, nn
 
+from lsync_compile.models.conditions import Prepared
 from lsync_compile.models.pipeline import LatentSyncPipeline
 from lsync_compile.models.synthesis import ChunkSynthesizer
 from lsync_compile.options import resolve_options
@@ -78,8 +79,9 @@ def test_later_steps_take_what_the_sound_changed_in_the_last_of_the_first(
     # The last step from what the networks gave, by hand.
     null, heard = run.results[1].chunk(2)
     noise = run.results[2] + 0.5 * (heard - null)
+    faces = Prepared(torch.zeros(FRAMES, 3, 8, 8), [])
     last = run.synthesizer.pace.begin(
-        1, torch.zeros(FRAMES, 3, 8, 8), latents, run.synthesizer.noise, tiny_pipeline.scheduler, {}
+        1, faces, latents, run.synthesizer.noise, tiny_pipeline.scheduler, {}
     )
     expected = last.advance(2, noise, run.samples[2][:, :4])
     torch.testing.assert_close(latents, expected)

@@ -213,13 +213,13 @@ def test_bounds_on_the_trained_model(
             torch.cat([torch.zeros_like(audio), audio]),
             torch.cat([fixed, fixed]),
         )
-        pixels = torch.zeros(count, 3, 8, 8)  # no cut
+        faces = Prepared(torch.zeros(count, 3, 8, 8), [])  # no cut
 
         with torch.no_grad():
             walk = synthesizer.pace.begin(
-                number, pixels, fixed[:, -4:], chunk.noise, synthesizer.scheduler, {}
+                number, faces, fixed[:, -4:], chunk.noise, synthesizer.scheduler, {}
             )
-            lane = Lane(walk, conditions, synthesizer.scheduler, Prepared(pixels, []))
+            lane = Lane(walk, conditions, synthesizer.scheduler, faces)
             (found,) = synthesizer._denoise([lane], None)
         synthesizer.pace.finish(walk, found)
         return found

@@ -157,10 +157,10 @@ def test_bounds_on_the_trained_model(
         conditions = Conditions(
             torch.cat([torch.zeros_like(audio), audio]), torch.cat([fixed, fixed])
         )
-        pixels, scheduler = torch.zeros(count, 3, 8, 8), run.synthesizer.scheduler
-        run.synthesizer.speculator.look(number, pixels)  # type: ignore[union-attr]
-        walk = run.synthesizer.pace.begin(number, pixels, fixed[:, -4:], tail.noise, scheduler, {})
-        return Lane(walk, conditions, scheduler, Prepared(pixels, []))
+        faces, scheduler = Prepared(torch.zeros(count, 3, 8, 8), []), run.synthesizer.scheduler
+        run.synthesizer.speculator.look(number, faces)  # type: ignore[union-attr]
+        walk = run.synthesizer.pace.begin(number, faces, fixed[:, -4:], tail.noise, scheduler, {})
+        return Lane(walk, conditions, scheduler, faces)
 
     def denoise(*, wrong: bool) -> tuple[Run, list[Tensor]]:
         run = Run(mini, steps=20, speculate=True)

@@ -58,7 +58,6 @@ def test_items_pass_all_stages_in_order(parallel: bool) -> None:
 def test_stages_share_the_stream_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two networks at a time can stop a GPU."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
-    monkeypatch.setattr(PipelineParallelProcessor, "_on_gpu", True)
     stages = [
         Stage("faces", abs, True),
         Stage("encode", abs, True, "networks"),
@@ -66,7 +65,8 @@ def test_stages_share_the_stream_they_name(monkeypatch: pytest.MonkeyPatch) -> N
         Stage("decode", abs, True, "networks"),
         Stage("paste", abs, True),
     ]
-    streams = PipelineParallelProcessor([], stages, CPU, parallel=True)._streams()
+    device = torch.device("cuda")
+    streams = PipelineParallelProcessor([], stages, device, parallel=True)._streams()
     assert streams[1] is streams[3]
     assert streams[2] is None
     assert len({id(streams[place]) for place in (0, 1, 4)}) == 3

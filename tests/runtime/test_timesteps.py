@@ -7,6 +7,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from lsync_compile.errors import OptionError
+from lsync_compile.models.conditions import Prepared
 from lsync_compile.models.scheduler import default_scheduler
 from lsync_compile.runtime.timesteps import (
     SOLVERS,
@@ -45,8 +46,10 @@ def test_wrong_numbers_are_refused(wrong: dict) -> None:
         AdaptiveTimestepScheduler(**wrong)
 
 
-def face(value: float, frames: int = 3) -> torch.Tensor:
-    return torch.full((frames, 3, 8, 8), value)
+def face(*values: float, frames: int = 3) -> Prepared:
+    """Faces of one grey after the other, each for some frames."""
+    pixels = [torch.full((frames, 3, 8, 8), value) for value in values]
+    return Prepared(torch.cat(pixels), [])
 
 
 def test_change_is_the_mean_squared_difference_of_unit_pixels() -> None:
@@ -62,8 +65,8 @@ def test_a_cut_is_seen_at_the_start_and_inside() -> None:
     meter = ChangeMeter()
     meter(0, face(0.0))
     at_start = meter(1, face(0.4))
-    inside = meter(2, torch.cat([face(0.4), face(0.8)]))
-    slow = meter(3, torch.stack([face(v, 1)[0] for v in (0.6, 0.4, 0.2, 0.0)]))
+    inside = meter(2, face(0.4, 0.8))
+    slow = meter(3, face(0.6, 0.4, 0.2, 0.0, frames=1))
     assert at_start is not None
     assert at_start.cut
     assert inside is not None

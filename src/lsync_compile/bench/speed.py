@@ -6,7 +6,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +49,52 @@ class Spent:
         return self.encode + self.denoise + self.decode
 
 
+@dataclass(frozen=True)
+class Marks:
+    """When chunks that share calls of the UNet were encoded, denoised and decoded."""
+
+    ends: list[Any]  # three of :meth:`Clock.now`
+    chunks: int
+    calls: float  # of the UNet, one for each chunk in them
+
+
+class Clock:
+    """Times on the device, read when all is done: nobody waits in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def now(self) -> Any:
+        """Seconds on a CPU, on a GPU an event in the current stream."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Milliseconds; waits for the end."""
+        if self._device.type != "cuda":
+            return 1e3 * float(end - begin)
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+    def spent(self, marks: Sequence[Marks], before: Any) -> list[Spent]:
+        """What a chunk took, for each of the marks in turn.
+
+        Args:
+            before: when the chunk before them ended; what the device did nothing in since then
+                counts as encoding.
+        """
+        found = []
+        for each in marks:
+            pairs = itertools.pairwise([before, *each.ends])
+            encode, denoise, decode = (self.between(*pair) / each.chunks for pair in pairs)
+            found.append(Spent(encode, denoise, decode, each.calls))
+            before = each.ends[-1]
+        return found
+
+
 class Chunks:
     """A run of chunks of one random face that hardly moves, denoised one after the other.
 
@@ -77,41 +123,46 @@ class Chunks:
         # There and back: a chunk goes on where the last one ended. What starts from the chunk
         # before would else take each for a cut.
         moved = [face.roll(min(n, frames - 1 - n), dims=-1) for n in range(frames)]
-        self.faces = (255 * torch.cat(moved)).to(torch.uint8)
+        faces = (255 * torch.cat(moved)).to(torch.uint8)
+        self.faces = faces.to(self.device)  # where the runtime finds and aligns them
         width = unet.config.cross_attention_dim
         self.audio = torch.randn(frames, TOKENS, width, generator=generator)
+        self.clock = Clock(self.device)
         self.done = 0
         self.last: tuple[Tensor, Tensor] | None = None
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
 
-    def chunk(self) -> Spent:
-        """Denoise the next one, or as many as share calls of the UNet; figures are of one chunk.
+    def chunk(self) -> Marks:
+        """Denoise the next one, or as many as share calls of the UNet.
 
-        Parts are waited for, as the host would for a result.
-
-        Raises:
-            Refused: what comes out is not finite.
+        On a GPU the host does not wait for the result, as a run does not before it is needed.
         """
         count, before = self.run.batcher.limit, self.unet.chunk_calls
         numbers = range(self.done, self.done + count)
-        marks = [self._now()]
         prepared = [self.run.prepare(self.faces) for _ in numbers]
-        marks.append(self._now())
+        ends = [self.clock.now()]
         inputs = [(n, each, self.audio) for n, each in zip(numbers, prepared, strict=True)]
         latents = self.run.denoise_together(inputs, lambda steps: None)
-        marks.append(self._now())
+        ends.append(self.clock.now())
         faces = [
             self.run.decode(found, each.pixels, n)
             for n, each, found in zip(numbers, prepared, latents, strict=True)
         ]
-        marks.append(self._now())
-        if not all(bool(torch.isfinite(each).all()) for each in faces):
-            raise Refused("its faces are not finite; not timed")
+        ends.append(self.clock.now())
+        for each in faces:
+            self._finite &= torch.isfinite(each).all()
         self.last = latents[-1], prepared[-1].pixels
         self.done += count
-        encode, denoise, decode = (
-            1e3 * (end - begin) / count for begin, end in itertools.pairwise(marks)
-        )
-        return Spent(encode, denoise, decode, (self.unet.chunk_calls - before) / count)
+        return Marks(ends, count, (self.unet.chunk_calls - before) / count)
+
+    def check(self) -> None:
+        """Look at all chunks so far.
+
+        Raises:
+            Refused: what came out is not finite.
+        """
+        if not bool(self._finite):
+            raise Refused("its faces are not finite; not timed")
 
     def decoded(self, vae: Any) -> Tensor:
         """The faces of the last chunk with another decoder."""
@@ -121,11 +172,6 @@ class Chunks:
             return self.run.decode(*self.last, self.done - 1)
         finally:
             self.run.vae = own
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 def measure_rows(
@@ -154,17 +200,20 @@ def _measured(
     try:
         chunks = Chunks(networks.unet, networks.vae, row, frames, steps)
         chunks.chunk()
+        chunks.check()
         first = time.perf_counter() - begin
         errors = {
             "step_error": check_step(row, chunks.unet),
             "faces_error": check_faces(row, networks.vae, chunks.decoded, networks.unet.dtype),
         }
-        chunks.chunk()  # captures, and knows the one before
+        before = chunks.chunk().ends[-1]  # captures, and knows the one before
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        marks = [chunks.chunk() for _ in range(runs)]
+        spent = chunks.clock.spent(marks, before)
+        chunks.check()
     except Refused as refusal:
         return {"refused": str(refusal)}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    spent = [chunks.chunk() for _ in range(runs)]
     low, middle, high = percentiles([each.total for each in spent])
     calls = max(1.0, spent[-1].calls)
     notes = [] if handle is None else handle.report().notes

@@ -33,11 +33,13 @@ class Prepared:
         moments: parameters of the posteriors of the masked and the reference faces, each
             (f, 8, h, w).
         cropped: whether the masked ones were encoded in part, see `passes.crop_encode`.
+        seen: an event after which the pixels are there, before the encoder; None without a GPU.
     """
 
     pixels: Tensor
     moments: list[Tensor]
     cropped: bool = False
+    seen: Any = None
 
 
 def joined(conditions: Sequence[Conditions], guided: bool) -> Conditions:

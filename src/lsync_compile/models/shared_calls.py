@@ -12,6 +12,7 @@ from lsync_compile.models.conditions import joined, vouched_inputs
 from lsync_compile.models.job import Job
 from lsync_compile.runtime.batching import Lane, Predict
 from lsync_compile.runtime.context import step_context
+from lsync_compile.runtime.transfers import uploaded
 
 
 def shared_calls(vae: Any, unet: Any, job: Job, run: Hashable, lanes: Sequence[Lane]) -> Predict:
@@ -25,7 +26,7 @@ def shared_calls(vae: Any, unet: Any, job: Job, run: Hashable, lanes: Sequence[L
     """
     walk = lanes[0].walk
     timesteps, values = walk.timesteps, walk.timesteps.tolist()
-    on_device = timesteps.to(walk.latents.device)
+    on_device = uploaded(timesteps, walk.latents.device)
     both = joined([lane.conditions for lane in lanes], job.guided)
     guided = walk.guided if job.guided and walk.guided is not None else len(values)
     heard = both.heard() if guided < len(values) else both

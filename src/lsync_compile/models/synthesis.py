@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ from lsync_compile.runtime.pace import Pace
 from lsync_compile.runtime.running import other_options, plain_networks
 from lsync_compile.runtime.speculation import SpeculativeProcessor
 from lsync_compile.runtime.timesteps import can_jump
+from lsync_compile.runtime.transfers import event_now, uploaded
 
 if TYPE_CHECKING:  # it brings the libraries for video files along
     from lsync_compile.models.job import Job
@@ -49,6 +50,7 @@ class ChunkSynthesizer:
         device: where the networks are.
 
     Attributes:
+        dtype: of the networks.
         joint_encoding: whether the masked and the reference faces go through the VAE's encoder in
             one call, which fills a GPU better. A CPU takes longer for one call of twice the size,
             and its convolutions may round differently in another batch size.
@@ -64,6 +66,7 @@ class ChunkSynthesizer:
     ) -> None:
         self.vae = vae
         self.unet = unet
+        self.dtype: torch.dtype = unet.dtype  # diffusers walks through all modules for it
         self._given_scheduler = scheduler
         self.job = job
         self.guard = None if job.session is None else QualityGuard(job.session)
@@ -97,11 +100,11 @@ class ChunkSynthesizer:
     @torch.no_grad()
     def prepare(self, faces: Tensor) -> Prepared:
         """Encode faces (f, 3, R, R) uint8, masked and as they are."""
-        pixels = self.pixels(faces)
-        if not self.crops(None):
-            return Prepared(pixels, self._moments(self._pictures(pixels)))
-        with self._at_level(None, pixels):
-            return Prepared(pixels, self._moments(self._pictures(pixels), True), cropped=True)
+        pixels, crops = self.pixels(faces), self.crops(None)
+        seen = event_now(self.device)
+        with self._at_level(None, pixels) if crops else nullcontext():
+            moments = self._moments(self._pictures(pixels), crops)
+        return Prepared(pixels, moments, crops, seen)
 
     def crops(self, chunk: int | None) -> bool:
         """Whether masked faces are encoded in part; None is what the run began with."""
@@ -110,12 +113,11 @@ class ChunkSynthesizer:
 
     def _pictures(self, pixels: Tensor) -> list[Tensor]:
         """What is encoded of faces (f, 3, R, R) in [-1, 1]: masked, and as they are."""
-        dtype = self.unet.dtype
-        return [(pixels * self.job.mask).to(dtype), pixels.to(dtype)]
+        return [(pixels * self.job.mask).to(self.dtype), pixels.to(self.dtype)]
 
     def pixels(self, faces: Tensor) -> Tensor:
         """Faces (f, 3, R, R) uint8 as the networks see them, in [-1, 1] on the device."""
-        return (faces.to(self.device).float() / 255.0 - 0.5) / 0.5
+        return (uploaded(faces, self.device).float() / 255.0 - 0.5) / 0.5
 
     def denoise(
         self, chunk: int, prepared: Prepared, audio: Tensor, advance: Callable[[int], None]
@@ -165,19 +167,19 @@ class ChunkSynthesizer:
         if prepared.cropped and not self.crops(chunk):  # encoded before the guard fell back
             with other_options(self._options(chunk)):
                 moments = self._moments(self._pictures(prepared.pixels))
-            prepared = Prepared(prepared.pixels, moments)
+            prepared = Prepared(prepared.pixels, moments, seen=prepared.seen)
         conditions = self._condition(prepared, audio)
         draws = self._copied_generator(chunk)
         if self.guard is not None and self.guard.level(chunk) != self._level:
             self._level = self.guard.level(chunk)
             self._set_pace()
         if self.speculator is not None:
-            self.speculator.look(chunk, prepared.pixels)
+            self.speculator.look(chunk, prepared)
         # Several chunks under way must not see each other's steps.
         scheduler = self.scheduler if alone else copy.deepcopy(self.scheduler)
         arguments = self._scheduler_arguments()
         clip = conditions.fixed[:1, -4:]
-        walk = self.pace.begin(chunk, prepared.pixels, clip, self.noise, scheduler, arguments)
+        walk = self.pace.begin(chunk, prepared, clip, self.noise, scheduler, arguments)
         return Lane(walk, conditions, scheduler, prepared, draws)
 
     def _next_waits_for(self, lane: Lane) -> bool:
@@ -227,7 +229,7 @@ class ChunkSynthesizer:
         """Device memory that a full chunk needs in a call of the UNet."""
         config, side = self.unet.config, self.noise.shape[-1]
         positions = (2 if self.job.guided else 1) * self.job.num_frames * side * side
-        return chunk_bytes(config.block_out_channels[0], positions, self.unet.dtype.itemsize)
+        return chunk_bytes(config.block_out_channels[0], positions, self.dtype.itemsize)
 
     def _obstacle(self) -> str:
         """Why chunks of this run cannot share calls, else nothing."""
@@ -274,7 +276,7 @@ class ChunkSynthesizer:
         arguments = self._scheduler_arguments(given)
         if "generator" in arguments:
             arguments["generator"] = draws
-        walk = pace.begin(chunk, prepared.pixels, clip, self.noise, given, arguments)
+        walk = pace.begin(chunk, prepared, clip, self.noise, given, arguments)
         with plain_networks():
             if prepared.cropped:
                 (whole, _), vae = self._moments(self._pictures(prepared.pixels)), self.vae.config
@@ -304,17 +306,17 @@ class ChunkSynthesizer:
             generator=generator,
             device=self.device if generator is None else generator.device,
             dtype=torch.float32,  # torch 2.11 draws other numbers in half precision on a CPU
-        ).to(self.device, self.unet.dtype)
+        ).to(self.device, self.dtype)
 
     def _condition(self, prepared: Prepared, audio: Tensor) -> Conditions:
         """What a chunk is conditioned on, with the sound of each frame, audio (f, S, D)."""
-        job, dtype = self.job, self.unet.dtype
+        job, dtype = self.job, self.dtype
         masked_latents, reference_latents = self._draw(prepared.moments)
         frames, side = len(prepared.pixels), masked_latents.shape[-1]
         small_mask = torch.nn.functional.interpolate(job.mask[None], size=(side, side))
         small_mask = small_mask.unsqueeze(2).expand(1, 1, frames, side, side)
         fixed = torch.cat([small_mask.to(dtype), masked_latents, reference_latents], dim=1)
-        audio = audio.to(device=self.device, dtype=dtype)
+        audio = uploaded(audio, self.device).to(dtype)
         if job.guided:
             fixed = torch.cat([fixed, fixed])
             audio = torch.cat([torch.zeros_like(audio), audio])

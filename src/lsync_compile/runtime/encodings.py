@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lsync_compile.models.conditions import Prepared
 from lsync_compile.models.synthesis import ChunkSynthesizer
+from lsync_compile.runtime.transfers import event_now, uploaded
 
 
 @dataclass
@@ -80,9 +81,9 @@ class Encodings:
         if len(found) == batch:
             self.counts.reused += batch
             device = synthesizer.device
-            masked, plain = torch.stack(found, dim=1)
-            moments = [masked.to(device), plain.to(device)]
-            return Prepared(synthesizer.pixels(faces), moments, synthesizer.crops(None))
+            pixels, seen = synthesizer.pixels(faces), event_now(device)
+            moments = list(uploaded(torch.stack(found, dim=1), device))
+            return Prepared(pixels, moments, synthesizer.crops(None), seen)
         prepared = synthesizer.prepare(faces)
         encodings = torch.stack(prepared.moments, dim=1).cpu()
         for source, encoding in zip(shown, encodings, strict=True):

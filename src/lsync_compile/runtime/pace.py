@@ -19,6 +19,7 @@ from lsync_compile.runtime.timesteps import (
     AdaptiveTimestepScheduler,
     Change,
     ChangeMeter,
+    Faces,
     Level,
     can_jump,
     levels,
@@ -125,7 +126,7 @@ class Pace:
     def begin(
         self,
         chunk: int,
-        pixels: Tensor,
+        faces: Faces,
         clip: Tensor,
         noise: Tensor,
         scheduler: Any,
@@ -135,13 +136,13 @@ class Pace:
 
         Args:
             chunk: its number in the run.
-            pixels: (f, 3, R, R) in [-1, 1], the clip's faces.
+            faces: the clip's.
             clip: (1, 4, f, h, w), their latents.
             noise: (1, 4, 1, h, w), shared by all frames of the run.
             scheduler: what :meth:`solver` returned.
             arguments: further ones of the scheduler's ``step``.
         """
-        change = None if self._meter is None else self._meter(chunk, pixels)
+        change = None if self._meter is None else self._meter(chunk, faces)
         temporal = self._temporal if can_jump(scheduler, self._eta) else None
         if temporal is not None and (change is None or change.cut):
             temporal.reset()

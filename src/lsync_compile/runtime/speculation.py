@@ -27,7 +27,7 @@ from lsync_compile.options import Options
 from lsync_compile.report import Session
 from lsync_compile.runtime.batching import Lane, Predict
 from lsync_compile.runtime.temporal import Path
-from lsync_compile.runtime.timesteps import ChangeMeter, Level, levels
+from lsync_compile.runtime.timesteps import ChangeMeter, Faces, Level, levels
 
 LOOKS = 2  # steps of the second chunk that are taken before it is known whether it may start
 
@@ -53,9 +53,9 @@ class SpeculativeProcessor:
         counters = ("tried", "kept", "redone", "unlike", "steps_saved", "steps_wasted")
         session.count("speculation", **dict.fromkeys(counters, 0))
 
-    def look(self, chunk: int, pixels: Tensor) -> None:
-        """See the faces (f, 3, R, R) of each chunk in turn: will it go the way of the last?"""
-        change = self._meter(chunk, pixels)
+    def look(self, chunk: int, faces: Faces) -> None:
+        """See the faces of each chunk in turn: will it go the way of the last?"""
+        change = self._meter(chunk, faces)
         similar = change is not None and not change.cut
         if change is not None and similar and 1 - change.mean**0.5 >= self._similarity:
             self._alike.add(chunk)

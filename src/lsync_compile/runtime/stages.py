@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lsync_compile.runtime.timeline import Timeline
+from lsync_compile.runtime.transfers import event_now
 from lsync_compile.runtime.waits import Watch
 
 _PATIENCE = 0.1  # seconds between looks at whether the run has been given up
@@ -136,7 +137,7 @@ class PipelineParallelProcessor:
 
     def _overlapped(self) -> Iterator[Any]:
         queues: list[queue.Queue[Any]] = [queue.Queue(1) for _ in range(len(self._stages) + 1)]
-        start = self._event()
+        start = event_now(self._device)
         streams = self._streams()
         names = [self._reading, *(stage.name for stage in self._stages), _CALLER]
         jobs: list[tuple[str, Callable[[], None]]] = [
@@ -172,7 +173,7 @@ class PipelineParallelProcessor:
             self._given_up.set()
             for thread in begun:
                 thread.join()
-            if self._on_gpu:
+            if self._device.type == "cuda":
                 here = torch.cuda.current_stream(self._device)
                 for stream in streams:
                     if stream is not None:
@@ -233,8 +234,9 @@ class PipelineParallelProcessor:
                     with self.timeline.span(stage.name, number, self._timed_on(stage)):
                         item = stage.work(item)
                 self._seen.add(key)
-                self._put(after, (number, item, self._event() if stage.on_device else None))
-                del item, passed, event
+                done = event_now(self._device) if stage.on_device else None
+                self._put(after, (number, item, done))
+                del item, passed, event, done
 
     def _turn(self, stage: Stage, *, alone: bool) -> AbstractContextManager[None]:
         """The device stages' turn for one of them; others need none."""
@@ -271,30 +273,18 @@ class PipelineParallelProcessor:
             with contextlib.suppress(queue.Empty):
                 return source.queue.get(timeout=_PATIENCE)
 
-    @property
-    def _on_gpu(self) -> bool:
-        return self._device.type == "cuda"
-
     def _streams(self) -> list[Any]:
         """Each stage's stream; None where it works on the host, or there is no GPU."""
         shared: dict[str, Any] = {}
         streams: list[Any] = []
         for stage in self._stages:
             stream = shared.get(stage.stream)
-            if stream is None and stage.on_device and self._on_gpu:
+            if stream is None and stage.on_device and self._device.type == "cuda":
                 stream = torch.cuda.Stream(self._device)
             if stage.stream:
                 shared[stage.stream] = stream
             streams.append(stream)
         return streams
-
-    def _event(self) -> Any:
-        """An event after all that the current stream has been given; None without a GPU."""
-        if not self._on_gpu:
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
 
     @contextlib.contextmanager
     def _on(self, stream: Any, start: Any) -> Iterator[None]:
@@ -317,7 +307,7 @@ class PipelineParallelProcessor:
                 tensor.record_stream(stream)
 
     def _timed_on(self, stage: Stage) -> torch.device | None:
-        return self._device if stage.on_device and self._on_gpu else None
+        return self._device if stage.on_device and self._device.type == "cuda" else None
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

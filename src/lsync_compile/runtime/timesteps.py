@@ -12,8 +12,9 @@ Timesteps reach a network as values of a tensor, so no number of steps compiles 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +86,21 @@ class Change:
     cut: bool
 
 
+class Faces(Protocol):
+    """A chunk's faces, and when they are there.
+
+    Attributes:
+        pixels: (f, 3, R, R) in [-1, 1].
+        seen: an event after which they are, on a GPU; None otherwise.
+    """
+
+    @property
+    def pixels(self) -> Tensor: ...
+
+    @property
+    def seen(self) -> Any: ...
+
+
 class ChangeMeter:
     """Compares the faces of each chunk with the last one before; made anew for each run.
 
@@ -100,22 +116,40 @@ class ChangeMeter:
         self.cut = cut
         self._chunk: int | None = None
         self._face: Tensor | None = None
+        self._stream: Any = None
 
-    def __call__(self, chunk: int, faces: Tensor) -> Change | None:
-        """Compare, and keep the last face. Reads two numbers from the device.
+    def __call__(self, chunk: int, faces: Faces) -> Change | None:
+        """Compare, and keep the last face.
+
+        Reads two numbers from the device: from a stream of its own, which waits for the faces
+        alone. Behind the encoder, which is given them first, the host would be late with the UNet.
 
         Args:
             chunk: its number; after a gap (a chunk without faces) nothing is known.
-            faces: (f, 3, R, R) in [-1, 1].
+            faces: its own.
 
         Returns:
             None where no chunk came just before.
         """
+        with self._beside(faces):
+            return self._compared(chunk, faces.pixels)
+
+    def _beside(self, faces: Faces) -> AbstractContextManager[Any]:
+        if faces.seen is None:
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(faces.pixels.device)
+        self._stream.wait_event(faces.seen)
+        faces.pixels.record_stream(self._stream)
+        context: AbstractContextManager[Any] = torch.cuda.stream(self._stream)
+        return context
+
+    def _compared(self, chunk: int, pixels: Tensor) -> Change | None:
         before = self._face if self._chunk == chunk - 1 else None
-        self._chunk, self._face = chunk, faces[-1].clone()
+        self._chunk, self._face = chunk, pixels[-1].clone()
         if before is None:
             return None
-        rows = torch.cat([before[None], faces]).float()
+        rows = torch.cat([before[None], pixels]).float()
         mean = (rows[1:] - rows[0]).square().mean()
         jump = (rows[1:] - rows[:-1]).square().flatten(1).mean(1).max()
         values = (torch.stack([mean, jump]) / 4).tolist()
