@@ -30,16 +30,17 @@ from lsync_compile.quality.sync import Array, correlations, mouth_opening, speec
 SAMPLE = Path(__file__).resolve().parents[1] / "src/lsync_compile/assets/sample"
 REACH = 4  # frames
 DEEP_CACHE = {"preset": "exact", "deep_cache": True, "deep_cache_interval": 3}
-# "3 steps, 1 guided" is what `turbo` sets, named so that its parts can be told apart.
-TWO_STEPS = {"preset": "turbo", "temporal_strength": 0.1, "guided_steps": 1}
 ROWS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "exact": {"preset": "exact"},
     "balanced": {"preset": "balanced"},
     "turbo": {"preset": "turbo"},
-    "3 steps, 1 guided": {"preset": "turbo", "temporal_strength": 0.15, "guided_steps": 1},
-    "2 steps, 1 guided": TWO_STEPS,
-    "turbo, crop encode": {"preset": "turbo", "crop_encode": True},
+    "turbo, whole encode": {"preset": "turbo", "crop_encode": False},
+    "2 steps, 1 guided": {
+        "preset": "turbo",
+        "crop_encode": False,
+        "temporal_strength": 0.1,
+    },
     "DeepCache 3/0": DEEP_CACHE,
 }
 

@@ -12,5 +12,11 @@ _REGION = {"lip_attention": True, "crop_decode": True}
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
     "balanced": {"temporal_start": "path", "temporal_strength": 0.25, **_REGION},
-    "turbo": {"temporal_start": "path", "temporal_strength": 0.15, "guided_steps": 1, **_REGION},
+    "turbo": {
+        "temporal_start": "path",
+        "temporal_strength": 0.15,
+        "guided_steps": 1,
+        "crop_encode": True,
+        **_REGION,
+    },
 }

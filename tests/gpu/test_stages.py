@@ -16,8 +16,11 @@ from torch import Tensor
 
 from lsync_compile.media.align_batch import BatchAligner
 from lsync_compile.media.geometry import FaceAligner
+from lsync_compile.models.conditions import Prepared
 from lsync_compile.runtime.stages import PipelineParallelProcessor, Stage
 from lsync_compile.runtime.timeline import Timeline
+from lsync_compile.runtime.timesteps import ChangeMeter
+from lsync_compile.runtime.transfers import event_now, uploaded
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, and torch sees none", allow_module_level=True)
@@ -151,3 +154,22 @@ def test_batches_on_the_gpu_are_those_on_the_cpu(resolution: int) -> None:
         difference = np.abs(ours.astype(int) - theirs)
         assert difference.max() <= 1
         assert (difference > 0).mean() < 0.01
+
+
+def test_faces_are_compared_before_what_the_device_was_given_after_them() -> None:
+    """Else the host would wait for the encoder before it gives the UNet any work."""
+    meter, plain = ChangeMeter(), ChangeMeter()
+    generator = torch.Generator().manual_seed(0)
+    for chunk in range(3):
+        pixels = torch.rand(4, 3, 64, 64, generator=generator) * 2 - 1
+        faces = Prepared(uploaded(pixels, CUDA), [], seen=event_now(CUDA))
+        torch.cuda._sleep(2_000_000_000)  # about a second
+        done = event_now(CUDA)
+        change = meter(chunk, faces)
+        assert not done.query()
+        expected = plain(chunk, Prepared(pixels, []))
+        assert (change is None) == (expected is None) == (chunk == 0)
+        if change is not None and expected is not None:
+            assert change.mean == pytest.approx(expected.mean, rel=1e-5)
+            assert change.cut == expected.cut
+    torch.cuda.synchronize()
