@@ -302,6 +302,7 @@ def test_a_run_that_stands_still_says_who_waits_for_whom(
     lines = [record for record in caplog.records if "stands still" in record.message]
     assert 1 <= len(lines) <= 3  # not one for each that waits
     assert lines[0].levelname == "WARNING"
+    assert lines[0].message.endswith("parallel_stages='off')")
     said = dict(part.split(" ", 1) for part in lines[0].message.split(": ", 1)[1].split("; "))
     assert said["denoise"].startswith("works on item 1 (")
     assert "stuck (test_stages.py:" in said["denoise"]
@@ -320,3 +321,4 @@ def test_waiting_for_what_is_compiled_is_no_warning(
     (line, *_) = [record for record in caplog.records if "stands still" in record.message]
     assert line.levelname == "INFO"
     assert "alone as its shape is new" in line.message
+    assert "off" not in line.message

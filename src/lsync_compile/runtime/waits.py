@@ -73,7 +73,8 @@ class Watch:
         doing = dict(self._doing)
         expected = any(each.may_take_long for each in doing.values())
         level = logging.INFO if expected else logging.WARNING
-        log.log(level, "a run stands still: %s", self.describe(doing, now))
+        hint = "" if expected else " (where it stays so: parallel_stages='off')"
+        log.log(level, "a run stands still: %s%s", self.describe(doing, now), hint)
 
     def describe(self, doing: dict[str, _Doing], now: float) -> str:
         """What each thread does, in the order in which they were first heard of."""
