@@ -173,7 +173,7 @@ class PipelineParallelProcessor:
             self._given_up.set()
             for thread in begun:
                 thread.join()
-            if self._device.type == "cuda":
+            if self._on_gpu:
                 here = torch.cuda.current_stream(self._device)
                 for stream in streams:
                     if stream is not None:
@@ -273,13 +273,17 @@ class PipelineParallelProcessor:
             with contextlib.suppress(queue.Empty):
                 return source.queue.get(timeout=_PATIENCE)
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device.type == "cuda"
+
     def _streams(self) -> list[Any]:
         """Each stage's stream; None where it works on the host, or there is no GPU."""
         shared: dict[str, Any] = {}
         streams: list[Any] = []
         for stage in self._stages:
             stream = shared.get(stage.stream)
-            if stream is None and stage.on_device and self._device.type == "cuda":
+            if stream is None and stage.on_device and self._on_gpu:
                 stream = torch.cuda.Stream(self._device)
             if stage.stream:
                 shared[stage.stream] = stream
@@ -307,7 +311,7 @@ class PipelineParallelProcessor:
                 tensor.record_stream(stream)
 
     def _timed_on(self, stage: Stage) -> torch.device | None:
-        return self._device if stage.on_device and self._device.type == "cuda" else None
+        return self._device if stage.on_device and self._on_gpu else None
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
