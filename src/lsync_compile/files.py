@@ -40,13 +40,15 @@ def replaced(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str, *, make_folder: bool = False) -> None:
     """Write a file of text that appears whole or not at all; it is UTF-8.
 
     Raises:
-        MediaError: the folder is missing, or cannot be written to.
+        MediaError: the folder is missing and not to be made, or cannot be written to.
     """
     try:
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:

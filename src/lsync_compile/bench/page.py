@@ -24,8 +24,7 @@ from lsync_compile.bench.tables import (
     speedup,
 )
 from lsync_compile.bench.trace import draw
-from lsync_compile.errors import MediaError
-from lsync_compile.files import replaced
+from lsync_compile.files import write_whole
 from lsync_compile.options import PRESETS
 from lsync_compile.quality.extra import require
 
@@ -62,12 +61,7 @@ def write_all(folder: Path, sections: Sequence[Mapping[str, Any]]) -> list[Path]
     written = []
     for name, text in texts.items():
         path = folder / name
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with replaced(path) as partial:
-                partial.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise MediaError(f"{path}: cannot be written: {error.strerror}") from error
+        write_whole(path, text, make_folder=True)
         written.append(path)
     return written
 

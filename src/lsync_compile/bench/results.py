@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lsync_compile.errors import MediaError, OptionError
-from lsync_compile.files import replaced
+from lsync_compile.errors import OptionError
+from lsync_compile.files import write_whole
 
 
 class Results:
@@ -48,13 +48,8 @@ class Results:
 
     def save(self) -> None:
         """Write the file; an existing one is replaced by a whole one only."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"sections": self.sections}, indent=2, allow_nan=False)
-            with replaced(self.path) as partial:
-                partial.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise MediaError(f"{self.path}: cannot be written: {error.strerror}") from error
+        text = json.dumps({"sections": self.sections}, indent=2, allow_nan=False)
+        write_whole(self.path, f"{text}\n", make_folder=True)
 
 
 class Section:
