@@ -19,8 +19,9 @@ from lsync_compile.bench.page import write_all
 from lsync_compile.bench.quality import Judge, Recording
 from lsync_compile.bench.results import Results
 from lsync_compile.bench.rows import ORIGINAL, PACKAGE, Row
-from lsync_compile.bench.speed import Clock, Marks
+from lsync_compile.bench.speed import Marks, spent_on
 from lsync_compile.bench.tables import markdown
+from lsync_compile.bench.timing import Clock
 from lsync_compile.errors import OptionError
 from lsync_compile.media.mask import mouth_mask
 from lsync_compile.options import PRESETS, resolve_options
@@ -248,7 +249,7 @@ def test_chunks_go_on_from_one_another(plan: Plan, monkeypatch: pytest.MonkeyPat
 
 def test_what_the_device_idles_before_a_chunk_counts() -> None:
     marks = [Marks([1.0, 1.5, 2.0], 1, 20.0), Marks([3.0, 5.0, 6.0], 2, 5.0)]
-    first, second = Clock(CPU).spent(marks, before=0.2)
+    first, second = spent_on(marks, 0.2, Clock(CPU))
     assert (first.encode, first.denoise, first.decode) == pytest.approx((800, 500, 500))
     assert (second.encode, second.denoise, second.decode) == pytest.approx((500, 1000, 500))
     assert second.total == pytest.approx(2000)  # each of the two that shared calls

@@ -26,7 +26,7 @@ from lsync_compile.bench.engines import (
     running_with,
 )
 from lsync_compile.bench.rows import Row
-from lsync_compile.bench.timing import percentiles
+from lsync_compile.bench.timing import Clock, percentiles
 from lsync_compile.media.mask import mouth_mask
 from lsync_compile.models.synthesis import ChunkSynthesizer
 from lsync_compile.runtime.running import current_session
@@ -58,41 +58,21 @@ class Marks:
     calls: float  # of the UNet, one for each chunk in them
 
 
-class Clock:
-    """Times on the device, read when all is done: nobody waits in between."""
+def spent_on(marks: Sequence[Marks], before: Any, clock: Clock) -> list[Spent]:
+    """What a chunk took, for each of the marks in turn.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def now(self) -> Any:
-        """Seconds on a CPU, on a GPU an event in the current stream."""
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, begin: Any, end: Any) -> float:
-        """Milliseconds; waits for the end."""
-        if self._device.type != "cuda":
-            return 1e3 * float(end - begin)
-        end.synchronize()
-        return float(begin.elapsed_time(end))
-
-    def spent(self, marks: Sequence[Marks], before: Any) -> list[Spent]:
-        """What a chunk took, for each of the marks in turn.
-
-        Args:
-            before: when the chunk before them ended; what the device did nothing in since then
-                counts as encoding.
-        """
-        found = []
-        for each in marks:
-            pairs = itertools.pairwise([before, *each.ends])
-            encode, denoise, decode = (self.between(*pair) / each.chunks for pair in pairs)
-            found.append(Spent(encode, denoise, decode, each.calls))
-            before = each.ends[-1]
-        return found
+    Args:
+        before: when the chunk before them ended; what the device did nothing in since then counts
+            as encoding.
+        clock: of the marks.
+    """
+    found = []
+    for each in marks:
+        pairs = itertools.pairwise([before, *each.ends])
+        encode, denoise, decode = (clock.between(*pair) / each.chunks for pair in pairs)
+        found.append(Spent(encode, denoise, decode, each.calls))
+        before = each.ends[-1]
+    return found
 
 
 class Chunks:
@@ -210,7 +190,7 @@ def _measured(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         marks = [chunks.chunk() for _ in range(runs)]
-        spent = chunks.clock.spent(marks, before)
+        spent = spent_on(marks, before, chunks.clock)
         chunks.check()
     except Refused as refusal:
         return {"refused": str(refusal)}

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from typing import Any
 
 import torch
 
@@ -27,25 +28,40 @@ class Timing:
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
+class Clock:
+    """Times on a device, read when all is done: nobody waits in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+
+    def now(self) -> Any:
+        """Seconds on a CPU, on a GPU an event in the current stream."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Milliseconds; waits for the end."""
+        if not self._on_gpu:
+            return 1e3 * float(end - begin)
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+
 def measure(
     call: Callable[[], object], device: torch.device, *, warmup: int = 3, runs: int = 20
 ) -> Timing:
     """Time ``call``: with CUDA events on a GPU, with the wall clock on a CPU."""
     for _ in range(warmup):
         call()
+    clock = Clock(device)
     milliseconds = []
     for _ in range(runs):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            milliseconds.append(begin.elapsed_time(end))
-        else:
-            start = time.perf_counter()
-            call()
-            milliseconds.append((time.perf_counter() - start) * 1e3)
+        begin = clock.now()
+        call()
+        milliseconds.append(clock.between(begin, clock.now()))
     return Timing(*percentiles(milliseconds), runs=runs)
 
 
