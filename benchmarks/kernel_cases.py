@@ -52,7 +52,8 @@ def cases(
             ("group_norm_silu", "video ", _group_norm_video),
             ("residual_moments", "sum ", _residual_moments),
             ("group_norm_from_moments", "measured ", _group_norm_from_moments),
-            ("lip_attention", "", _lip_attention),
+            ("lip_attention", "cells of 2 ", _lip_attention(2)),
+            ("lip_attention", "cells of 4 ", _lip_attention(4)),
             ("geglu", "", _geglu),
             ("linear_geglu", "projected ", _linear_geglu),
             ("fp8_linear", "queries, keys, values ", _fp8_linear(1, 3)),
@@ -89,17 +90,18 @@ def _attention_within_frames(
     return arguments
 
 
-def _lip_attention(
-    side: int, width: int, batch: int, frames: int
-) -> Callable[[Draw], tuple[Any, ...]]:
-    """A halo of one token around the mouth, cells of 2x2 elsewhere."""
+def _lip_attention(pool: int) -> Callable[..., Callable[[Draw], tuple[Any, ...]]]:
+    """A halo of one token around the mouth, cells of pool x pool elsewhere."""
 
-    def arguments(draw: Draw) -> tuple[Any, ...]:
-        q, k, v = draw(batch * frames, side * side, 3 * width).chunk(3, dim=2)
-        region = encode_region(mouth_mask(64)[0] < 0.5)
-        return q, k, v, HEADS, region, 1, 2, 2, 1.0, None
+    def case(side: int, width: int, batch: int, frames: int) -> Callable[[Draw], tuple[Any, ...]]:
+        def arguments(draw: Draw) -> tuple[Any, ...]:
+            q, k, v = draw(batch * frames, side * side, 3 * width).chunk(3, dim=2)
+            region = encode_region(mouth_mask(64)[0] < 0.5)
+            return q, k, v, HEADS, region, 1, pool, pool, 1.0, None
 
-    return arguments
+        return arguments
+
+    return case
 
 
 def _attention_in_vae(frames: int) -> Callable[[Draw], tuple[Any, ...]]:
