@@ -147,11 +147,23 @@ class _Prefix:
             refresh(half)
             users = [] if node in whole else outside(node)
             if users:
-                with self.graph.inserting_before(half.next):
-                    double = call(self.graph, torch.cat, [half, half], like=node)
+                double = self._double(half, like=node)
                 node.replace_all_uses_with(double, delete_user_cb=users.__contains__)
                 refresh(double)
         return len(self.of_sample) - len(whole)
+
+    def _double(self, half: Node, like: Node) -> Node:
+        """The whole batch, in the layout of its half.
+
+        Under a second name: a tensor joined with itself is written out by Inductor with its
+        channels apart, and all that reads it copies it back.
+        """
+        with self.graph.inserting_before(half.next):
+            join = call(self.graph, torch.cat, [half, half], like=like)
+        with self.graph.inserting_before(join):
+            other = call(self.graph, torch.ops.aten.alias.default, half, like=like)
+        join.args = ([half, other],)
+        return join
 
 
 def _is_view(node: Node) -> bool:
