@@ -78,6 +78,21 @@ def test_hidden_channels_are_not_rounded(normal):
     assert own < 2.5e-4 if INTERPRETED else own > 2.5e-4
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="launches kernels")
+def test_gates_are_the_exact_gelu(normal):
+    """Of every gate from far below to far above, through weights that pass it on."""
+    gates = torch.cat([torch.linspace(-14, 14, 28 * 64), torch.linspace(-1e3, 1e3, 64)])
+    x = gates.half().view(-1, 64)
+    weight = torch.cat([torch.zeros(64, 64), torch.eye(64)]).half()
+    bias = torch.cat([torch.ones(64), torch.zeros(64)]).half()
+    out = tiles(x, weight, bias).double()
+    expected = F.gelu(x.double())
+    rounding = expected.abs() * 2**-11 + 2**-25  # of float16, its smallest numbers included
+    assert ((out - expected).abs() <= rounding + 6e-6).all()
+    assert torch.equal(out[x > 6], x.double()[x > 6])
+    assert (out[x < -6].abs() <= 2**-24).all()
+
+
 def test_reads_rows_of_any_stride(normal):
     _, weight, bias = draw(normal, 12, 64, 64, torch.float16)
     wider = normal(4, 6, 3 * 64, dtype=torch.float16)

@@ -35,18 +35,21 @@ def _fits(config: Config, arguments: Mapping[str, Any]) -> bool:
     fits=_fits,
 )
 def _add_layer_norm(
-    x_ptr,  # (rows, CHANNELS), channels together
-    residual_ptr,  # like x, or none: x is the sum
+    x_ptr,  # (rows, CHANNELS), channels together; with null only the last rows - missing of them
+    residual_ptr,  # (rows, CHANNELS), channels together, or none: x is the sum
+    null_ptr,  # (CHANNELS,), what the first rows of x are, or none
     weight_ptr,  # (CHANNELS,)
     bias_ptr,  # (CHANNELS,)
     position_ptr,  # (frames, CHANNELS), contiguous, or none
-    total_ptr,  # (rows, CHANNELS), contiguous, or none
+    total_ptr,  # (rows, CHANNELS), channels together, or none
     normed_ptr,  # (rows, CHANNELS), contiguous
     rows,
+    missing,  # rows that x has not
     tokens,  # rows of one frame
     frames,
     stride_x,
     stride_residual,
+    stride_total,
     eps,
     CHANNELS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -58,15 +61,22 @@ def _add_layer_norm(
     across = column < CHANNELS
     inside = (first + row < rows) & across[None, :]
 
-    x_at = x_ptr + first * stride_x + (row * stride_x + column[None, :])
     out_at = first * CHANNELS + (row * CHANNELS + column[None, :])
-    total = tl.load(x_at, inside, 0.0).to(tl.float32)
+    x_at = x_ptr + (first - missing) * stride_x + (row * stride_x + column[None, :])
+    if null_ptr is None:
+        total = tl.load(x_at, inside, 0.0).to(tl.float32)
+    else:
+        given = first + row >= missing
+        null = tl.load(null_ptr + column, across, 0.0).to(tl.float32)
+        total = tl.load(x_at, inside & given, 0.0).to(tl.float32)
+        total = tl.where(given, total, null[None, :])
     if residual_ptr is not None:
         residual_at = row * stride_residual + column[None, :]
         residual_at = residual_ptr + first * stride_residual + residual_at
         total += tl.load(residual_at, inside, 0.0).to(tl.float32)
         rounded = total.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + out_at, rounded, inside)
+        total_at = total_ptr + first * stride_total + (row * stride_total + column[None, :])
+        tl.store(total_at, rounded, inside)
         total = rounded.to(tl.float32)
 
     mean = tl.sum(total, 1)[:, None] / CHANNELS
@@ -102,20 +112,30 @@ def normalise(
     bias: Tensor,
     eps: float,
     position: Tensor | None,
+    null: Tensor | None = None,
 ) -> Tensor:
-    """Launch the kernel; ``sum_of``: what to add to ``x``, and where the sum goes."""
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """Launch the kernel.
+
+    Args:
+        sum_of: what to add to ``x``, and where the sum goes: like ``x``, contiguous, or ``(rows,
+            channels)`` with channels together.
+        null: ``(channels,)``, what the first rows are where ``x`` has fewer than is added to it.
+    """
+    shape = x.shape if sum_of is None else sum_of[0].shape
+    normed = torch.empty(shape, dtype=x.dtype, device=x.device)
     channels = x.shape[-1]
     tokens = x.shape[-2] if x.dim() > 1 else 1
     flat = _rows(x, channels)
     residual, total = (None, None) if sum_of is None else (_rows(sum_of[0], channels), sum_of[1])
-    rows = flat.shape[0]
+    rows = normed.numel() // channels
     _add_layer_norm.launch(
         lambda blocks: (-(-rows // blocks["ROWS"]),),
-        flat, residual, weight.contiguous(), bias.contiguous(),
+        flat, residual, null, weight.contiguous(), bias.contiguous(),
         None if position is None else position.contiguous(),
-        total, normed, rows, tokens, 1 if position is None else position.shape[0],
-        flat.stride(0), 0 if residual is None else residual.stride(0), eps,
+        total, normed, rows, rows - flat.shape[0], tokens,
+        1 if position is None else position.shape[0],
+        flat.stride(0), 0 if residual is None else residual.stride(0),
+        total.stride(0) if total is not None and total.dim() == 2 else channels, eps,
         CHANNELS=channels,
         PADDED=1 << (channels - 1).bit_length(),
     )  # fmt: skip

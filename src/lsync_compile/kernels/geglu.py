@@ -45,10 +45,11 @@ def normal_cdf(g):
 )
 def _geglu(
     x_ptr,  # (rows, 2 * columns), columns together
-    out_ptr,  # (rows, columns), contiguous
+    out_ptr,  # (rows, columns), columns together
     rows,
     columns,
     stride_x,
+    stride_out,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -61,13 +62,14 @@ def _geglu(
     x = tl.load(x_at, inside, 0.0).to(tl.float32)
     gate = tl.load(x_at + columns, inside, 0.0).to(tl.float32)
     out = x * gate * normal_cdf(gate)
-    out_at = out_ptr + first * columns + (row * columns + column)
+    out_at = out_ptr + first * stride_out + (row * stride_out + column)
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), inside)
 
 
-def geglu_kernel(x: Tensor) -> Tensor:
-    """Launch the kernel on arguments that `geglu` accepts."""
-    out = torch.empty(_shape(x), dtype=x.dtype, device=x.device)
+def geglu_kernel(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Launch the kernel on arguments that `geglu` accepts; ``out (rows, C)``: where to write."""
+    if out is None:
+        out = torch.empty(_shape(x), dtype=x.dtype, device=x.device)
     columns = out.shape[-1]
     flat = x.reshape(-1, 2 * columns)
     if flat.stride(1) != 1:
@@ -75,7 +77,7 @@ def geglu_kernel(x: Tensor) -> Tensor:
     rows = flat.shape[0]
     _geglu.launch(
         lambda blocks: (-(-columns // blocks["COLUMNS"]) * -(-rows // blocks["ROWS"]),),
-        flat, out, rows, columns, flat.stride(0),
+        flat, out, rows, columns, flat.stride(0), columns if out.dim() != 2 else out.stride(0),
     )  # fmt: skip
     return out
 

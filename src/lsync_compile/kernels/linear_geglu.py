@@ -24,28 +24,35 @@ from lsync_compile.kernels.launch import recording, runs_kernel
 from lsync_compile.kernels.spec import KernelSpec, Tolerance, register
 
 
-def _library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return geglu_kernel(F.linear(x, weight, bias))
+def _library(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    return geglu_kernel(F.linear(x, weight, bias), out)
 
 
-KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+KERNELS: dict[str, Callable[..., Tensor]] = {
     "library": _library,
     "tiles": kernels.tiles,
     "stream": kernels.stream,
 }
-"""What to choose from, on ``x (rows, channels)``."""
+"""What to choose from: of ``x (rows, channels)``, weight and bias, and where to write if wanted."""
 
 _chosen: dict[Any, str] = {}
 
 
-def linear_geglu_kernel(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_geglu_kernel(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Compute it in the way found fastest for arguments like these.
 
     The first call with new shapes or dtypes times the candidates. While a CUDA graph is captured
     nothing can be timed: then the library multiplies.
+
+    Args:
+        x, weight, bias: as `linear_geglu` accepts them.
+        out: ``(rows, C)`` to write to, columns together and rows at multiples of 16 bytes.
     """
     shape, rows = _shape(x, weight, bias), x.reshape(-1, x.shape[-1])
-    return KERNELS[choice(rows, weight, bias)](rows, weight, bias).view(shape)
+    made = KERNELS[choice(rows, weight, bias)](rows, weight, bias, out)
+    return made if out is not None else made.view(shape)
 
 
 def choice(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
