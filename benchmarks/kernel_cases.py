@@ -56,6 +56,7 @@ def cases(
             ("lip_attention", "cells of 4 ", _lip_attention(4)),
             ("geglu", "", _geglu),
             ("linear_geglu", "projected ", _linear_geglu),
+            ("feed_forward", "ending ", _feed_forward),
             ("fp8_linear", "queries, keys, values ", _fp8_linear(1, 3)),
             ("fp8_linear", "feed-forward in ", _fp8_linear(1, 8)),
             ("fp8_linear", "feed-forward out ", _fp8_linear(4, 1)),
@@ -187,6 +188,23 @@ def _linear_geglu(
     def arguments(draw: Draw) -> tuple[Any, ...]:
         x, weight = draw(batch * frames, side * side, width), draw(8 * width, width)
         return x, weight * width**-0.5, draw(8 * width)
+
+    return arguments
+
+
+def _feed_forward(
+    side: int, width: int, batch: int, frames: int
+) -> Callable[[Draw], tuple[Any, ...]]:
+    """Of a transformer that attends to the sound, silence in the first half."""
+
+    def arguments(draw: Draw) -> tuple[Any, ...]:
+        shape, inner = (batch * frames, side * side, width), 4 * width
+        half = (max(1, shape[0] // 2), *shape[1:])
+        weight_in = draw(2 * inner, width) * width**-0.5
+        weight_out = draw(width, inner + width) * (inner + width) ** -0.5
+        norm = draw(width), draw(width), 1e-5
+        products = weight_in, draw(2 * inner), weight_out, draw(width)
+        return draw(*half), draw(*shape), *norm, *products, draw(width)
 
     return arguments
 

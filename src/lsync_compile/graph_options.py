@@ -83,6 +83,13 @@ class GraphOptions:
             "finds that faster than a library's product."
         ),
     )
+    fuse_feed_forward: bool = field(
+        default=True,
+        metadata=about(
+            "Pass: the end of a feed-forward, its residual sum and the transformer's last "
+            "projection as one product."
+        ),
+    )
     fuse_add_layer_norm: bool = field(
         default=True,
         metadata=about("Pass: residual sums with the layer norm after them in one kernel."),

@@ -10,6 +10,7 @@ import torch
 
 from lsync_compile.kernels import (
     add_layer_norm,
+    feed_forward,
     geglu,
     group_norm_silu,
     layer_norm,
@@ -244,6 +245,19 @@ def test_linear_geglu_is_captured_without_timing(draw):
 
 
 @pytest.mark.parametrize(("side", "width"), LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_feed_forward(draw, side, width, dtype):
+    """With and without rows that are all the same; float64 takes a few frames."""
+    x, residual = draw(2, 4, side * side, width, dtype=dtype)
+    norm = draw(width, dtype=dtype), draw(width, dtype=dtype), 1e-5
+    weight_in = draw(8 * width, width, dtype=dtype) * width**-0.5
+    weight_out = draw(width, 5 * width, dtype=dtype) * (5 * width) ** -0.5
+    products = weight_in, draw(8 * width, dtype=dtype), weight_out, draw(width, dtype=dtype)
+    judge("feed_forward", x, residual, *norm, *products, None)
+    judge("feed_forward", x[:2], residual, *norm, *products, draw(width, dtype=dtype))
+
+
+@pytest.mark.parametrize(("side", "width"), LEVELS)
 def test_add_layer_norm(draw, side, width):
     x, residual = draw(2, BATCH * FRAMES, side * side, width)
     weight, bias, position = draw(width), draw(width), draw(FRAMES, width)
@@ -346,7 +360,11 @@ def arguments(draw):
         add_layer_norm: (tokens, tokens * 2, weight, bias, 1e-5, draw(2, 64)),
         layer_norm: (tokens, weight, bias, 1e-5, draw(2, 64)),
         linear_geglu: (tokens, draw(128, 64) / 8, draw(128)),
-    }
+        feed_forward: (
+            tokens, tokens * 2, weight, bias, 1e-5, draw(128, 64) / 8, draw(128),
+            draw(32, 128) / 11, draw(32), None,
+        ),
+    }  # fmt: skip
 
 
 def test_ops_pass_opcheck(draw):

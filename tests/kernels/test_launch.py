@@ -80,8 +80,12 @@ def measured(x, *rest):
     return x, moments, *rest
 
 
-def half(*tensors):
-    return tuple(tensor.half() for tensor in tensors)
+def half(*tensors, at=None):
+    """The tensors in half precision; ``at``: other arguments by their places."""
+    arguments = [tensor.half() for tensor in tensors]
+    for place, value in (at or {}).items():
+        arguments.insert(place, value)
+    return tuple(arguments)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a CPU chooses no configuration elsewhere")
@@ -95,6 +99,15 @@ def test_every_configuration_is_exact(normal, monkeypatch, name):
         "lip_attention": lambda: (*normal(3, 2, 64, 64), 2, "8:3c3c3c", 0, 2, 2, 1.0, None),
         "layer_norm": lambda: (normal(6, 3, 300), *normal(2, 300), 1e-5, normal(3, 300)),
         "linear_geglu": lambda: half(normal(150, 64), normal(144, 64) / 8, normal(144)),
+        "feed_forward": lambda: half(
+            *normal(2, 150, 64),
+            *normal(2, 64),
+            normal(144, 64) / 8,
+            normal(144),
+            normal(64, 136) / 12,
+            normal(64),
+            at={4: 1e-5},
+        ),
         "group_norm_silu": lambda: (normal(1, 12, 33, 67), 2, *normal(2, 12), 1e-5, True, None),
         "upsample_conv": lambda: enlarged(normal(1, 8, 17, 9), normal(72, 8, 3, 3) / 8, normal(72)),
         "residual_moments": lambda: (*normal(2, 2, 12, 33, 67), normal(12)),

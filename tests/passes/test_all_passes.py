@@ -190,6 +190,7 @@ def test_what_stable_diffusion_s_unet_gets() -> None:
         "fuse_qkv": 32,
         "fuse_geglu": 16,
         "fuse_linear_geglu": 16,
+        "fuse_feed_forward": 16,
         "fuse_add_layer_norm": 32,
         "fuse_layer_norm": 16,  # which follow a projection, not a sum
         "fuse_upsample_conv": 3,

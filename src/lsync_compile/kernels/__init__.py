@@ -7,6 +7,7 @@ CPU they run their references; see `lsync_compile.kernels.launch`.
 from __future__ import annotations
 
 from lsync_compile.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from lsync_compile.kernels.feed_forward import feed_forward, feed_forward_reference
 from lsync_compile.kernels.fp8_linear import fp8_linear, fp8_linear_reference
 from lsync_compile.kernels.geglu import geglu, geglu_reference
 from lsync_compile.kernels.group_norm_from_moments import (
@@ -37,6 +38,8 @@ __all__ = [
     "Tolerance",
     "add_layer_norm",
     "add_layer_norm_reference",
+    "feed_forward",
+    "feed_forward_reference",
     "fp8_linear",
     "fp8_linear_reference",
     "geglu",

@@ -58,6 +58,7 @@ class FuseResidualMoments(KernelPass):
             "fuse_add_layer_norm",
             "fuse_temporal_attention",
             "fuse_upsample_conv",
+            "fuse_feed_forward",
         ),
         exact=False,
         summary="Residual sums, with convolutions' biases, that measure themselves for the group "
