@@ -9,6 +9,8 @@ from captures import captured_unet
 from guided import guide, run_vouched, small
 from networks import distance, ops, results, stable_diffusion_unet
 from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lsync_compile.graph.census import op_name
 from lsync_compile.graph.dependency import find_argument
@@ -68,6 +70,22 @@ def test_a_result_that_never_hears_is_doubled() -> None:
     after, _ = run_vouched(gm, GuidancePrefix)
     assert ops(after)["cat"] == 1
     assert distance(results(after, inputs)[0], results(gm, inputs)[0]) < 1e-6
+
+
+def test_inductor_keeps_the_layout_of_what_is_doubled() -> None:
+    """It would write a tensor joined with itself with its channels apart, as a repeated one."""
+
+    def function(x: Tensor, t: Tensor, sound: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        picture = F.linear(x, w, b).view(2, 2, 2, 2).contiguous(memory_format=torch.channels_last)
+        return picture.sin() + sound.view(2, -1, 8).sum(1).view(2, 2, 2, 2)
+
+    gm, inputs = small(function)
+    after, record = run_vouched(gm, GuidancePrefix)
+    assert record.outcome == "applied"
+    traced = make_fx(after, decomposition_table=select_decomp_table())(*inputs)
+    (joined,) = [node for node in traced.graph.nodes if node.target is torch.ops.aten.cat.default]
+    assert joined.meta["val"].is_contiguous(memory_format=torch.channels_last)
+    assert distance(results(traced, inputs)[0], results(gm, inputs)[0]) < 1e-6
 
 
 def test_what_is_unknown_ends_the_prefix() -> None:
