@@ -15,7 +15,7 @@ from av.audio.frame import AudioFrame
 from av.filter import Graph
 
 from lsync_compile.errors import MediaError
-from lsync_compile.media.container import audio_stream, open_media, origin
+from lsync_compile.media.container import audio_stream, open_media, origin, rational
 
 Samples = npt.NDArray[np.float32]
 
@@ -110,8 +110,9 @@ def _decode(path: str | Path, sample_rate: int, channels: int) -> Iterator[Sampl
         try:
             for frame in chain(container.decode(track), [None]):
                 if frame is not None:
-                    if frame.pts is not None and frame.time_base is not None:
-                        time = frame.pts * frame.time_base
+                    unit = rational(frame.time_base)
+                    if frame.pts is not None and unit is not None:
+                        time = frame.pts * unit
                     if not begun:
                         silence = round(max(Fraction(0), time - origin(container)) * sample_rate)
                         yield np.zeros((silence, channels), dtype=np.float32)
@@ -126,7 +127,8 @@ def _decode(path: str | Path, sample_rate: int, channels: int) -> Iterator[Sampl
             raise MediaError(
                 f"{path}: sound damaged or cut off after {float(time):.2f} s ({error.strerror})"
             ) from error
-        duration = None if track.time_base is None else (track.duration or 0) * track.time_base
+        unit = rational(track.time_base)
+        duration = None if unit is None else (track.duration or 0) * unit
         if not total:
             raise MediaError(f"{path}: its audio track is empty")
         rest = np.concatenate(held)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import av.container
@@ -20,6 +21,10 @@ from lsync_compile.errors import MediaError
 # A playlist may name files, but no servers.
 _LOCAL_ONLY = {"protocol_whitelist": "file"}
 
+# Titles in broken encodings must not keep a clip from being read; from PyAV 19 on they do not.
+_OLDER = int(av.__version__.partition(".")[0]) < 19
+_TITLES: dict[str, Any] = {"metadata_errors": "ignore"} if _OLDER else {}
+
 
 @contextmanager
 def open_media(path: str | Path) -> Iterator[av.container.InputContainer]:
@@ -29,10 +34,7 @@ def open_media(path: str | Path) -> Iterator[av.container.InputContainer]:
         MediaError: the file is missing, empty, cut off, no media file or damaged.
     """
     try:
-        # Titles in broken encodings must not keep a clip from being read.
-        with av.open(
-            local_url(path), metadata_errors="ignore", container_options=_LOCAL_ONLY
-        ) as container:
+        with av.open(local_url(path), container_options=_LOCAL_ONLY, **_TITLES) as container:
             # FFmpeg draws any text file as video.
             if container.format.name == "tty":
                 raise MediaError(f"{path}: not a media file")
@@ -87,11 +89,20 @@ def audio_stream(path: str | Path, container: av.container.InputContainer) -> Au
 def origin(container: av.container.InputContainer) -> Fraction:
     """Where the file's timeline begins, in seconds: the earliest start of picture and sound."""
     starts = [
-        track.start_time * track.time_base
+        track.start_time * unit
         for track in (*container.streams.video[:1], *container.streams.audio[:1])
-        if track.start_time is not None and track.time_base is not None
+        if track.start_time is not None and (unit := rational(track.time_base)) is not None
     ]
     return min(starts, default=Fraction(0))
+
+
+def rational(value: Any) -> Fraction | None:
+    """A rate, ratio or unit of time of PyAV; None where the file does not say.
+
+    From PyAV 19 on these are of a type of its own, and 0 where they were None before.
+    """
+    known = value and value.denominator
+    return Fraction(value.numerator, value.denominator) if known else None
 
 
 def _check_decoder(path: str | Path, kind: str, track: av.stream.Stream) -> None:
@@ -102,7 +113,7 @@ def _check_decoder(path: str | Path, kind: str, track: av.stream.Stream) -> None
 
 def _check_complete(path: str | Path, container: av.container.InputContainer) -> None:
     """Refuse a file whose index points beyond its end, before any work is done on its start."""
-    size = container.size
+    size = container.size or 0  # None from PyAV 19 on where it is not known
     for track in container.streams:
         entries = track.index_entries
         end = entries[-1].pos + entries[-1].size if len(entries) else 0

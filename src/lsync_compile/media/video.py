@@ -26,10 +26,11 @@ import numpy as np
 import numpy.typing as npt
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 
 from lsync_compile.errors import MediaError
 from lsync_compile.media.colour import EXACT, ColourTags
-from lsync_compile.media.container import open_media, origin, video_stream
+from lsync_compile.media.container import open_media, origin, rational, video_stream
 from lsync_compile.media.writer import VideoWriter
 
 __all__ = [
@@ -91,15 +92,15 @@ def probe(path: str | Path) -> VideoInfo:
         rotation = 180 if frame.rotation == -180 else frame.rotation
         turned = rotation % 180 != 0
         width, height = frame.width, frame.height
-        aspect = track.sample_aspect_ratio or Fraction(1)
-        duration = Fraction(container.duration or 0, av.time_base)
-        if track.duration is not None and track.time_base is not None:
-            duration = track.duration * track.time_base
+        aspect = rational(track.sample_aspect_ratio) or Fraction(1)
+        duration, unit = Fraction(container.duration or 0, av.time_base), rational(track.time_base)
+        if track.duration is not None and unit is not None:
+            duration = track.duration * unit
         name = track.codec_context.name
         return VideoInfo(
             width=height if turned else width,
             height=width if turned else height,
-            fps=float(track.average_rate or track.guessed_rate or 0),
+            fps=float(_rate(track) or 0),
             duration=float(duration),
             codec=name,
             has_audio=bool(container.streams.audio),
@@ -283,10 +284,11 @@ class _Clip:
 
     def _seek(self, time: Fraction) -> bool:
         """Go to the last key frame before a time in seconds; False if that is not possible."""
-        if time <= 0 or self._track.time_base is None or not self._stamped:
+        unit = rational(self._track.time_base)
+        if time <= 0 or unit is None or not self._stamped:
             return False
         self._fresh = False
-        offset = math.floor((origin(self._container) + time) / self._track.time_base)
+        offset = math.floor((origin(self._container) + time) / unit)
         try:
             self._container.seek(offset, stream=self._track)
         except av.error.FFmpegError:
@@ -298,11 +300,11 @@ class _Clip:
         """Decode on; yields nothing from the middle of a film without time stamps."""
         self._fresh = False
         zero = origin(self._container)
-        rate = self._track.average_rate or self._track.guessed_rate or self._fps
+        rate = _rate(self._track) or self._fps
         time = Fraction(0)
         try:
             for number, frame in enumerate(self._container.decode(self._track)):
-                unit = frame.time_base or self._track.time_base
+                unit = rational(frame.time_base) or rational(self._track.time_base)
                 lasts = 1 / rate
                 if self._stamped and frame.pts is not None and unit is not None:
                     time = frame.pts * unit - zero
@@ -318,6 +320,11 @@ class _Clip:
                 f"{self._path}: damaged or cut off {float(time):.2f} s into the clip "
                 f"({error.strerror})"
             ) from error
+
+
+def _rate(track: VideoStream) -> Fraction | None:
+    """Frames a second, as the file says or FFmpeg guesses."""
+    return rational(track.average_rate) or rational(track.guessed_rate)
 
 
 def _spread(decoded: Iterable[_Placed], start: int) -> Iterator[tuple[int, VideoFrame]]:
