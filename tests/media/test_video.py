@@ -16,6 +16,7 @@ from media_films import numbered_picture, read_number
 
 from lsync_compile.errors import MediaError
 from lsync_compile.media.colour import ColourTags
+from lsync_compile.media.container import rational
 from lsync_compile.media.video import (
     PingPongReader,
     VideoWriter,
@@ -349,3 +350,26 @@ def test_still_picture_is_a_film_of_one_frame(tmp_path):
 
     cv2.imwrite(str(tmp_path / "face.png"), numbered_picture(5, 128, 64)[:, :, ::-1])
     assert numbers(tmp_path / "face.png") == [5]
+
+
+class Rational:
+    """As PyAV 19 gives rates and times: 0, perhaps of 0 parts, where they are not known."""
+
+    def __init__(self, numerator: int, denominator: int) -> None:
+        self.numerator, self.denominator = numerator, denominator
+
+    def __bool__(self) -> bool:
+        return self.numerator != 0
+
+
+@pytest.mark.parametrize("kind", [Fraction, Rational])
+def test_rates_are_read_as_every_pyav_gives_them(kind: type) -> None:
+    assert rational(kind(30000, 1001)) == Fraction(30000, 1001)
+    assert type(rational(kind(1, 25))) is Fraction
+    assert rational(kind(0, 1)) is None
+
+
+def test_rates_that_nobody_knows() -> None:
+    assert rational(None) is None
+    assert rational(Rational(0, 0)) is None
+    assert rational(Rational(1, 0)) is None
