@@ -164,8 +164,8 @@ def _check(
     bias_out: Tensor | None,
     null: Tensor | None,
 ) -> None:
-    rest_missing = null is not None and residual.shape[1:] == x.shape[1:]
-    fits = residual.shape == x.shape or (rest_missing and residual.shape[0] > x.shape[0])
+    fewer_rows = null is not None and residual.shape[1:] == x.shape[1:]
+    fits = residual.shape == x.shape or (fewer_rows and residual.shape[0] > x.shape[0])
     if x.dim() < 2 or not fits:
         raise OptionError(
             f"feed_forward: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ"

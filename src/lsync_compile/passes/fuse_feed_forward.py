@@ -44,6 +44,7 @@ from lsync_compile.passes.spec import PassContext, PassSpec, Phase, register
 OP = torch.ops.lsync.feed_forward.default
 CONVOLUTION = (F.conv2d, torch.conv2d)
 OUT = "out"  # names the index of the last projection's channels
+_OF_NORM = ("residual", "weight", "bias")  # arguments of add_layer_norm after x
 
 
 @register
@@ -167,16 +168,11 @@ def _rewrite(graph: Graph, block: _Block) -> None:
     last, value = block.last, example(block.total)
     assert value is not None  # takes() has looked at it
     weight, bias = _joined(graph, block, value.dtype)
-    # In the order of add_layer_norm's arguments, and of linear_geglu's.
-    x, residual, norm_weight, norm_bias, *rest = block.norm.args
-    eps = rest[0] if rest else block.norm.kwargs.get("eps", 1e-5)
-    _, weight_in, *more = block.gated.args
-    bias_in = more[0] if more else block.gated.kwargs.get("bias")
-    x, null = _given(x)
-    made = call(
-        graph, OP, x, residual, norm_weight, norm_bias, eps, weight_in, bias_in, weight, bias, null,
-        like=last,
-    )  # fmt: skip
+    x, null = _given(argument(block.norm, 0, "x"))
+    summed = [argument(block.norm, 1 + i, name) for i, name in enumerate(_OF_NORM)]
+    eps = argument(block.norm, 4, "eps", 1e-5)
+    products = argument(block.gated, 1, "weight"), argument(block.gated, 2, "bias"), weight, bias
+    made = call(graph, OP, x, *summed, eps, *products, null, like=last)
     have = (*whole(tuple(value.shape[:-1])), (Digit(OUT, 1, _outside(last)),))
     replace(last, arrange(graph, made, have, block.axes, last))
     drop(last)
