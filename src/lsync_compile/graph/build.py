@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, symbolic_trace
 from torch.fx.node import map_arg
 
 
@@ -55,6 +55,28 @@ def call(
         node.meta.update({k: v for k, v in like.meta.items() if k != "example_value"})
     node.meta["example_value"] = value
     return node
+
+
+def inline(graph: Graph, function: Callable[..., Tensor], *inputs: Node, like: Node) -> Node:
+    """Insert the operations of a function, which stages and Inductor do not see otherwise.
+
+    Args:
+        graph: changed at its insertion point.
+        function: of tensors, such that ``torch.fx.symbolic_trace`` takes it.
+        *inputs: its arguments.
+        like: see :func:`call`.
+    """
+    waiting, made = iter(inputs), dict[Node, Any]()
+    for node in symbolic_trace(function).graph.nodes:
+        if node.op == "placeholder":
+            made[node] = next(waiting)
+        elif node.op == "output":
+            result: Node = made[node.args[0]]
+            return result
+        else:
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), made.__getitem__)
+            made[node] = call(graph, node.target, *args, like=like, **kwargs)
+    raise AssertionError("a graph without an output")
 
 
 def item(node: Node, index: int, like: Node | None = None) -> Node:

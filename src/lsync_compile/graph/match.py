@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from lsync_compile.graph.build import example
 
+CONVOLUTION = (F.conv2d, torch.conv2d)
 ADD = (operator.add, torch.add)
 MULTIPLY = (operator.mul, torch.mul, torch.multiply)
 
@@ -35,6 +36,28 @@ def operands(node: Any, targets: tuple[Any, ...]) -> tuple[Node, Node] | None:
     first, second = node.args
     kinds = [_kind(part) for part in (node, first, second)]
     return (first, second) if kinds[0] and kinds[0] == kinds[1] == kinds[2] else None
+
+
+def share_dtype(*nodes: Any) -> bool:
+    """Whether these are tensors of one dtype; None, an argument left out, does not count."""
+    values = [example(node) for node in nodes if node is not None]
+    dtypes = {None if value is None else value.dtype for value in values}
+    return len(dtypes) == 1 and None not in dtypes
+
+
+def convolves(node: Any, side: int) -> bool:
+    """Whether a node convolves pictures at every pixel, side x side with a margin of zeros."""
+    if not calls(node, *CONVOLUTION):
+        return False
+    weight, value = example(argument(node, 1, "weight")), example(node)
+    if weight is None or value is None or value.dim() != 4 or weight.shape[2:] != (side, side):
+        return False
+    wanted = ((3, "stride", 1, 1), (4, "padding", 0, side // 2), (5, "dilation", 1, 1))
+    for index, name, usual, size in wanted:
+        given = argument(node, index, name, usual)
+        if tuple(given if isinstance(given, (tuple, list)) else (given, given)) != (size, size):
+            return False
+    return bool(argument(node, 6, "groups", 1) == 1)
 
 
 def sole_user(node: Node) -> Node | None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from lsync_compile.graph.build import call, drop, example, replace
-from lsync_compile.graph.match import argument, calls
+from lsync_compile.graph.match import argument, calls, share_dtype
 from lsync_compile.kernels.fp8_linear import CODES, LARGEST, SMALLEST_ROW, SPEC
 from lsync_compile.passes.kernel_pass import KernelPass
 from lsync_compile.passes.spec import PassContext, PassSpec, Phase, register
@@ -62,11 +62,9 @@ class Fp8Linear(KernelPass):
 
 def _pays(linear: Node) -> bool:
     """Whether a layer has rows enough, sizes for tensor cores, and operands of one dtype."""
-    x, weight = example(argument(linear, 0, "input")), example(argument(linear, 1, "weight"))
-    bias = argument(linear, 2, "bias")
-    values = [x, weight] + ([] if bias is None else [example(bias)])
-    dtypes = {None if value is None else value.dtype for value in values}
-    if x is None or weight is None or weight.dim() != 2 or len(dtypes) != 1:
+    operands = [argument(linear, i, name) for i, name in enumerate(("input", "weight", "bias"))]
+    x, weight = example(operands[0]), example(operands[1])
+    if x is None or weight is None or weight.dim() != 2 or not share_dtype(*operands):
         return False
     return x.numel() >= ROWS * x.shape[-1] and all(size % 16 == 0 for size in weight.shape)
 

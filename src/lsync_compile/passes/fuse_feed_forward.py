@@ -33,16 +33,23 @@ import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
 from lsync_compile.graph.axes import Axes, Digit, after_view, arrange, viewed, whole
-from lsync_compile.graph.build import call, drop, example, replace
-from lsync_compile.graph.match import ADD, argument, calls, operands, sole_user
-from lsync_compile.kernels.feed_forward import SPEC
+from lsync_compile.graph.build import call, drop, example, inline, replace
+from lsync_compile.graph.match import (
+    ADD,
+    argument,
+    calls,
+    convolves,
+    operands,
+    share_dtype,
+    sole_user,
+)
+from lsync_compile.kernels.feed_forward import SPEC, joined_bias, joined_weight
 from lsync_compile.passes.fuse_add_layer_norm import OP as NORM
 from lsync_compile.passes.fuse_linear_geglu import OP as GATED
 from lsync_compile.passes.kernel_pass import KernelPass
 from lsync_compile.passes.spec import PassContext, PassSpec, Phase, register
 
 OP = torch.ops.lsync.feed_forward.default
-CONVOLUTION = (F.conv2d, torch.conv2d)
 OUT = "out"  # names the index of the last projection's channels
 _OF_NORM = ("residual", "weight", "bias")  # arguments of add_layer_norm after x
 
@@ -104,64 +111,41 @@ def _block(gated: Node) -> _Block | None:
     if not parts or not alone or argument(out, 0, "input") is not gated:
         return None
     assert added is not None  # it has two terms
-    last, axes = _projection(added)
-    if last is None or axes is None or not _one_dtype(total, gated, out, last):
+    projection = _projection(added)
+    if projection is None:
+        return None
+    last, axes = projection
+    parameters = [
+        argument(node, place, name)
+        for node in (gated, out, last)
+        for place, name in ((1, "weight"), (2, "bias"))
+    ]
+    if not share_dtype(total, *parameters):
         return None
     return _Block(norm, total, gated, out, last, axes)
 
 
-def _projection(result: Node) -> tuple[Node | None, Axes | None]:
+def _projection(result: Node) -> tuple[Node, Axes] | None:
     """What alone projects the channels of ``result``, and the axes of what it gives."""
     value = example(result)
     if value is None or value.dim() < 2:
-        return None, None
+        return None
     channels = value.dim() - 1
     axes: Axes | None = whole(tuple(value.shape))
     source, node = result, sole_user(result)
     while node is not None and axes is not None and viewed(node) is source:
         source, axes, node = node, after_view(node, axes), sole_user(node)
     if node is None or axes is None or argument(node, 0, "input") is not source:
-        return None, None
+        return None
     place = len(axes) - 1 if calls(node, F.linear) else 1
     whole_channels = (Digit(channels, 1, value.shape[-1]),)
-    if not (calls(node, F.linear) or _is_1x1(node)) or axes[place] != whole_channels:
-        return None, None
+    if not (calls(node, F.linear) or convolves(node, 1)) or axes[place] != whole_channels:
+        return None
     weight = example(argument(node, 1, "weight"))
     if weight is None or weight.shape[0] < 2:
-        return None, None
+        return None
     given = (Digit(OUT, 1, weight.shape[0]),)
     return node, (*axes[:place], given, *axes[place + 1 :])
-
-
-def _is_1x1(node: Any) -> bool:
-    """Whether a node is a convolution of single pixels of a batch of pictures."""
-    if not calls(node, *CONVOLUTION):
-        return False
-    weight, value = example(argument(node, 1, "weight")), example(node)
-    if weight is None or value is None or value.dim() != 4 or weight.shape[2:] != (1, 1):
-        return False
-    settings = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
-    for index, name, usual in settings:
-        given = argument(node, index, name, usual)
-        if tuple(given if isinstance(given, (tuple, list)) else (given,) * 2) != (usual, usual):
-            return False
-    return bool(argument(node, 6, "groups", 1) == 1)
-
-
-def _one_dtype(total: Node, gated: Node, out: Node, last: Node) -> bool:
-    """Whether weights and biases are of the sum's dtype, as the op asks."""
-    products = ((gated, "weight", "bias"), (out, "weight", "bias"), (last, "weight", "bias"))
-    nodes = [total]
-    for node, *names in products:
-        nodes += [
-            each
-            for place, name in enumerate(names, 1)
-            if (each := argument(node, place, name)) is not None
-        ]
-    values = [example(node) for node in nodes]
-    return len({None if value is None else value.dtype for value in values} - {None}) == 1 and (
-        None not in values
-    )
 
 
 def _rewrite(graph: Graph, block: _Block) -> None:
@@ -193,10 +177,7 @@ def _given(x: Any) -> tuple[Node, Node | None]:
 
 
 def _joined(graph: Graph, block: _Block, dtype: torch.dtype) -> tuple[Node, Node | None]:
-    """Weight and bias of the one product, of weights alone: written out, as stages see no function.
-
-    See `joined_weight` and `joined_bias` in :mod:`lsync_compile.kernels.feed_forward`.
-    """
+    """Weight and bias of the one product, of weights alone."""
     last = block.last
 
     def wide(node: Node) -> Node:
@@ -205,11 +186,10 @@ def _joined(graph: Graph, block: _Block, dtype: torch.dtype) -> tuple[Node, Node
     weight, bias = argument(block.out, 1, "weight"), argument(block.out, 2, "bias")
     outer, outer_bias = argument(last, 1, "weight"), argument(last, 2, "bias")
     matrix = wide(call(graph, "reshape", outer, _outside(last), -1, like=last))
-    product = call(graph, torch.matmul, matrix, wide(weight), like=last)
-    joined = call(graph, torch.cat, [product, matrix], 1, like=last)
+    joined = inline(graph, joined_weight, wide(weight), matrix, like=last)
     shift = outer_bias
     if bias is not None:
-        shift = call(graph, torch.mv, matrix, wide(bias), like=last)
+        shift = inline(graph, joined_bias, wide(bias), matrix, like=last)
         if outer_bias is not None:
             shift = call(graph, torch.add, shift, wide(outer_bias), like=last)
         shift = call(graph, "to", shift, dtype, like=last)

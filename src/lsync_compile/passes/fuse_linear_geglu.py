@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from lsync_compile.graph.build import call, drop, example, replace
-from lsync_compile.graph.match import argument, calls, sole_user
+from lsync_compile.graph.build import call, drop, replace
+from lsync_compile.graph.match import argument, calls, share_dtype, sole_user
 from lsync_compile.kernels.linear_geglu import SPEC
 from lsync_compile.passes.fuse_geglu import OP as GATE
 from lsync_compile.passes.fuse_geglu import gated
@@ -66,6 +66,4 @@ def _projection(hidden: Any) -> tuple[Node, Node, Node | None] | None:
         return None
     x, weight = argument(hidden, 0, "input"), argument(hidden, 1, "weight")
     bias = argument(hidden, 2, "bias")
-    values = [example(each) for each in (x, weight, bias) if each is not None]
-    dtypes = {None if value is None else value.dtype for value in values}
-    return (x, weight, bias) if len(dtypes) == 1 and None not in dtypes else None
+    return (x, weight, bias) if share_dtype(x, weight, bias) else None

@@ -20,12 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node, symbolic_trace
-from torch.fx.node import map_arg
+from torch.fx import Graph, GraphModule, Node
 
 from lsync_compile.graph.axes import Axes, after_view, arrange, merged, viewed, whole
-from lsync_compile.graph.build import call, drop, example, replace
-from lsync_compile.graph.match import argument, calls, sole_user
+from lsync_compile.graph.build import call, drop, example, inline, replace
+from lsync_compile.graph.match import argument, calls, convolves, share_dtype, sole_user
 from lsync_compile.kernels.upsample_conv import SPEC, phases_of
 from lsync_compile.passes.kernel_pass import KernelPass
 from lsync_compile.passes.spec import PassContext, PassSpec, Phase, register
@@ -67,45 +66,15 @@ def _rewrite(graph: Graph, node: Node, x: Node) -> None:
     value = example(weight)
     assert value is not None  # _is_3x3() has looked at it
     wide = call(graph, "float", weight, like=node)  # sums are rounded once, to the weight's dtype
-    phases = call(graph, "to", _inlined(graph, wide, node), value.dtype, like=node)
+    phases = call(graph, "to", inline(graph, phases_of, wide, like=node), value.dtype, like=node)
     replace(node, call(graph, OP, x, weight, bias, phases, like=node))
     drop(node)
 
 
-def _inlined(graph: Graph, weight: Node, like: Node) -> Node:
-    """The operations of `phases_of` in this graph: Inductor and the stages see no function."""
-    made: dict[Node, Any] = {}
-    for node in symbolic_trace(phases_of).graph.nodes:
-        if node.op == "placeholder":
-            made[node] = weight
-        elif node.op == "output":
-            phases: Node = made[node.args[0]]
-            return phases
-        else:
-            args, kwargs = map_arg((node.args, dict(node.kwargs)), made.__getitem__)
-            made[node] = call(graph, node.target, *args, like=like, **kwargs)
-    raise AssertionError("a graph without an output")
-
-
 def _is_3x3(node: Node) -> bool:
     """Whether a node convolves 3x3 at every pixel, with a margin of zeros of one pixel."""
-    if not calls(node, F.conv2d, torch.conv2d):
-        return False
-    weight, value = example(argument(node, 1, "weight")), example(node)
-    bias = argument(node, 2, "bias")
-    if weight is None or value is None or value.dim() != 4 or weight.shape[2:] != (3, 3):
-        return False
-    settings = [
-        argument(node, index, name, default)
-        for index, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
-    ]
-    same = [each if isinstance(each, (tuple, list)) else (each, each) for each in settings]
-    plain = [tuple(each) for each in same] == [(1, 1)] * 3
-    dtypes = {weight.dtype, value.dtype}
-    other = example(bias)
-    if bias is not None:
-        dtypes.add(value.dtype if other is None else other.dtype)
-    return plain and argument(node, 6, "groups", 1) == 1 and len(dtypes) == 1
+    weight, bias = argument(node, 1, "weight"), argument(node, 2, "bias")
+    return convolves(node, 3) and share_dtype(node, weight, bias)
 
 
 def _enlarged(node: Any) -> Node | None:
