@@ -130,12 +130,13 @@ def normalise(
     rows = normed.numel() // channels
     _add_layer_norm.launch(
         lambda blocks: (-(-rows // blocks["ROWS"]),),
-        flat, residual, null, weight.contiguous(), bias.contiguous(),
+        flat, residual, None if null is None else null.contiguous(),
+        weight.contiguous(), bias.contiguous(),
         None if position is None else position.contiguous(),
         total, normed, rows, rows - flat.shape[0], tokens,
         1 if position is None else position.shape[0],
         flat.stride(0), 0 if residual is None else residual.stride(0),
-        total.stride(0) if total is not None and total.dim() == 2 else channels, eps,
+        0 if total is None else total.view(-1, channels).stride(0), eps,
         CHANNELS=channels,
         PADDED=1 << (channels - 1).bit_length(),
     )  # fmt: skip

@@ -60,7 +60,6 @@ def feed_forward_kernel(
     rows = residual.numel() // channels
     wide = x.new_empty(rows, inner + channels)
     sum_of = residual, wide[:, inner:]
-    null = None if null is None else null.contiguous()
     normed = normalise(x, sum_of, norm_weight, norm_bias, eps, None, null)
     linear_geglu_kernel(normed.view(rows, channels), weight_in, bias_in, wide[:, :inner])
     return F.linear(wide, weight_out, bias_out).view(*residual.shape[:-1], -1)

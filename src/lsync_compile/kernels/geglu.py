@@ -77,7 +77,7 @@ def geglu_kernel(x: Tensor, out: Tensor | None = None) -> Tensor:
     rows = flat.shape[0]
     _geglu.launch(
         lambda blocks: (-(-columns // blocks["COLUMNS"]) * -(-rows // blocks["ROWS"]),),
-        flat, out, rows, columns, flat.stride(0), columns if out.dim() != 2 else out.stride(0),
+        flat, out, rows, columns, flat.stride(0), out.view(-1, columns).stride(0),
     )  # fmt: skip
     return out
 
