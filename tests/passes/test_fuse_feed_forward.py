@@ -74,10 +74,14 @@ class Block(nn.Module):
         self.last = last
         self.requires_grad_(False)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+    def parts(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum before the feed-forward, and the block's result."""
         total = x + residual
         value, gate = self.proj(self.norm(total)).chunk(2, dim=-1)
-        y = self.out(value * F.gelu(gate)) + total
+        return total, self.out(value * F.gelu(gate)) + total
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        _, y = self.parts(x, residual)
         if self.picture:
             y = y.transpose(1, 2).contiguous().view(-1, 8, 2, 3)
         return self.last(y).cos()
@@ -133,25 +137,19 @@ def test_half_precision_is_no_less_exact(dtype: torch.dtype) -> None:
 
 class SumUsedAgain(Block):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        total = x + residual
-        value, gate = self.proj(self.norm(total)).chunk(2, dim=-1)
-        y = self.out(value * F.gelu(gate)) + total
+        total, y = self.parts(x, residual)
         return self.last(y.transpose(1, 2).reshape(-1, 8, 2, 3)).sum() + total
 
 
 class ResultUsedAgain(Block):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        total = x + residual
-        value, gate = self.proj(self.norm(total)).chunk(2, dim=-1)
-        y = self.out(value * F.gelu(gate)) + total
+        _, y = self.parts(x, residual)
         return self.last(y.transpose(1, 2).reshape(-1, 8, 2, 3)).sum() + y
 
 
 class ScaledBetween(Block):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        total = x + residual
-        value, gate = self.proj(self.norm(total)).chunk(2, dim=-1)
-        y = 2 * (self.out(value * F.gelu(gate)) + total)
+        y = 2 * self.parts(x, residual)[1]
         return self.last(y.transpose(1, 2).reshape(-1, 8, 2, 3))
 
 
@@ -159,9 +157,7 @@ class ChannelsMixed(Block):
     """The convolution sees channels that are not those of the sum."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        total = x + residual
-        value, gate = self.proj(self.norm(total)).chunk(2, dim=-1)
-        y = self.out(value * F.gelu(gate)) + total
+        _, y = self.parts(x, residual)
         return self.last(y.reshape(-1, 8, 2, 3))
 
 
