@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from lsync_compile import compile_cache
 from lsync_compile.media.faces import Face
 from lsync_compile.models.config import LATENTSYNC_UNET
 from lsync_compile.models.mel_encoder import MelAudioEncoder
@@ -38,6 +39,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the shared reference data is not beside this checkout")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _no_compile_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what another, or an earlier run, has compiled."""
+    monkeypatch.setattr(compile_cache, "folder", lambda: None)
 
 
 class MiddleFace:

@@ -10,9 +10,9 @@ import torch
 from captures import Attention, capture
 from torch.fx import GraphModule
 
+from lsync_compile import sources
 from lsync_compile.errors import OptionError
 from lsync_compile.options import Options
-from lsync_compile.passes import spec as spec_module
 from lsync_compile.passes.manager import PassError, PassManager, ordered
 from lsync_compile.passes.spec import (
     Pass,
@@ -197,13 +197,13 @@ def test_the_key_sees_a_changed_helper(
 ) -> None:
     cls = registered()[name]
     before = source_uuid(cls)
-    plain = spec_module._source
+    plain = sources._source
 
     def changed(module: object) -> str:
         text = plain(module)
         return text + "#" if module.__name__ == helper else text
 
-    monkeypatch.setattr(spec_module, "_source", changed)
+    monkeypatch.setattr(sources, "_source", changed)
     assert source_uuid(cls) != before
 
 

@@ -2,46 +2,94 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import statistics
+import sys
 import threading
-from collections.abc import Callable, Hashable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from lsync_compile import compile_cache
+from lsync_compile.sources import module_uuid
+
 log = logging.getLogger(__name__)
+
+Key = tuple[Any, ...]
+"""All that times depend on beside the device: dtypes, shapes, strides."""
 
 _lock = threading.Lock()
 
 
-def fastest(
-    chosen: MutableMapping[Any, str],
-    key: Hashable,
-    calls: Mapping[str, Callable[[], object]],
-    device: torch.device,
-) -> str:
-    """Name of the fastest call; "" where nothing can run, or nothing can be timed.
+class Choices:
+    """What was found fastest, for one op.
 
-    The first time a key is seen its calls run some 30 times each. While a CUDA graph is captured
-    nothing can be timed, and nothing is remembered: make the first call before.
+    Kept on disk too, so that a later process need not time it again and computes by the same way:
+    for this model of GPU, these versions and the sources of the op's module.
 
     Args:
-        chosen: what was found before, by key; added to.
-        key: all that the times depend on: device, dtypes, shapes, strides.
-        calls: the ways, by name. One that raises RuntimeError is left out.
-        device: a CUDA device.
+        module: name of the module that chooses.
     """
-    if key in chosen or torch.cuda.is_current_stream_capturing():
-        return chosen.get(key, "")
-    with _lock:
-        if key not in chosen:
-            times = {name: _milliseconds(name, call, device) for name, call in calls.items()}
-            log.debug("%s: %s", key, times)
-            best = min(times, key=lambda name: times[name], default="")
-            chosen[key] = best if times.get(best, math.inf) < math.inf else ""
-    return chosen[key]
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._found: dict[tuple[torch.device, Key], str] = {}
+
+    def get(self, device: torch.device, key: Key) -> str | None:
+        """The name that was chosen in this process, if any."""
+        return self._found.get((device, key))
+
+    def fastest(
+        self, device: torch.device, key: Key, calls: Callable[[], Mapping[str, Callable[[], Any]]]
+    ) -> str:
+        """Name of the fastest call; "" where nothing can run, or nothing can be timed.
+
+        The first time a key is seen its calls run some 30 times each. While a CUDA graph is
+        captured nothing can be timed, and nothing is remembered: make the first call before.
+
+        Args:
+            device: a CUDA device.
+            key: what the times depend on.
+            calls: gives the ways, by name. One that raises RuntimeError is left out.
+        """
+        found = self.get(device, key)
+        if found is not None or torch.cuda.is_current_stream_capturing():
+            return found or ""
+        with _lock:
+            if (device, key) not in self._found:
+                self._found[device, key] = self._decide(device, key, calls())
+        return self._found[device, key]
+
+    def names(self) -> list[str]:
+        """What was chosen so far, in order."""
+        return list(self._found.values())
+
+    def clear(self) -> None:
+        """Forget what this process found."""
+        self._found.clear()
+
+    def _decide(
+        self, device: torch.device, key: Key, calls: Mapping[str, Callable[[], Any]]
+    ) -> str:
+        name = compile_cache.digest([*self._versions, torch.cuda.get_device_name(device), key])
+        kept = compile_cache.read("fastest", name)
+        if isinstance(kept, str) and kept in calls:
+            return kept
+        times = {name: _milliseconds(name, call, device) for name, call in calls.items()}
+        log.debug("%s: %s", key, times)
+        best = min(times, key=lambda name: times[name], default="")
+        if times.get(best, math.inf) == math.inf:
+            return ""
+        compile_cache.write("fastest", name, best)
+        return best
+
+    @functools.cached_property
+    def _versions(self) -> tuple[Any, ...]:
+        cudnn = torch.backends.cudnn.version()
+        return module_uuid(sys.modules[self._module]), torch.__version__, cudnn
 
 
 def _milliseconds(name: str, call: Callable[[], object], device: torch.device) -> float:

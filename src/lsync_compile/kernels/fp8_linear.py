@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lsync_compile.errors import OptionError
-from lsync_compile.kernels.fastest import fastest
+from lsync_compile.kernels.fastest import Choices
 from lsync_compile.kernels.launch import INTERPRETED, Config, kernel, recording, runs_kernel, tl
 from lsync_compile.kernels.spec import KernelSpec, Tolerance, register
 
@@ -124,7 +124,7 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
 }
 """What to choose from on a GPU."""
 
-_chosen: dict[Any, str] = {}
+_chosen = Choices(__name__)
 
 
 def fp8_linear_kernel(
@@ -145,11 +145,11 @@ def fp8_linear_kernel(
         out = (out if bias is None else out + bias).to(x.dtype)
     else:
         arguments = rows, weight, bias, codes, scales
-        key = (x.device, x.dtype, rows.shape, rows.stride(), weight.shape, bias is None)
+        key = (x.dtype, tuple(rows.shape), rows.stride(), tuple(weight.shape), bias is None)
         calls = {name: functools.partial(call, *arguments) for name, call in KERNELS.items()}
         if x.dtype == torch.bfloat16:
             del calls["fp8 by bfloat16"]
-        name = fastest(_chosen, key, calls, x.device) or "library"
+        name = _chosen.fastest(x.device, key, lambda: calls) or "library"
         out = KERNELS[name](*arguments)
     return out.view(*x.shape[:-1], -1)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from lsync_compile.errors import OptionError
 from lsync_compile.kernels import linear_geglu_kernels as kernels
-from lsync_compile.kernels.fastest import fastest
+from lsync_compile.kernels.fastest import Choices
 from lsync_compile.kernels.geglu import geglu_kernel, geglu_reference
 from lsync_compile.kernels.launch import recording, runs_kernel
 from lsync_compile.kernels.spec import KernelSpec, Tolerance, register
@@ -35,7 +34,7 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
 }
 """What to choose from: of ``x (rows, channels)``, weight and bias, and where to write if wanted."""
 
-_chosen: dict[Any, str] = {}
+_chosen = Choices(__name__)
 
 
 def linear_geglu_kernel(
@@ -60,9 +59,9 @@ def choice(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
     names = usable(x, weight, bias)
     if len(names) == 1 or not x.is_cuda:
         return names[-1]
-    key = (x.device, x.dtype, x.shape, x.stride(), weight.shape, bias is None)
+    key = (x.dtype, tuple(x.shape), x.stride(), tuple(weight.shape), bias is None)
     calls = {name: functools.partial(KERNELS[name], x, weight, bias) for name in names}
-    return fastest(_chosen, key, calls, x.device) or "library"
+    return _chosen.fastest(x.device, key, lambda: calls) or "library"
 
 
 def usable(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[str]:

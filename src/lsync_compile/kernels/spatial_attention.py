@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from torch.backends import cuda as backends
 
 from lsync_compile.errors import OptionError
 from lsync_compile.kernels import wide_attention
-from lsync_compile.kernels.fastest import fastest
+from lsync_compile.kernels.fastest import Choices
 from lsync_compile.kernels.launch import recording, runs_kernel
 from lsync_compile.kernels.spatial_attention_kernels import flash_attention, takes
 from lsync_compile.kernels.spec import KernelSpec, Tolerance, register
@@ -63,7 +62,7 @@ KERNELS: dict[str, Attend] = {
 }
 """What to choose from, on ``(N, heads, L, head_dim)``."""
 
-_chosen: dict[Any, str] = {}
+_chosen = Choices(__name__)
 
 
 def spatial_attention_kernel(
@@ -88,10 +87,15 @@ def choice(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> str:
         if wide_attention.takes(q, k):
             return "products"
         return "lsync" if takes(q, k, v, scale) else ""
-    key = (q.device, q.dtype, *((x.shape, x.stride()) for x in (q, k, v)))
-    names = () if key in _chosen else usable(q, k, v, scale)
-    calls = {name: functools.partial(KERNELS[name], q, k, v, scale) for name in names}
-    return fastest(_chosen, key, calls, q.device)
+    key = (q.dtype, *((tuple(x.shape), x.stride()) for x in (q, k, v)))
+    return _chosen.fastest(
+        q.device,
+        key,
+        lambda: {
+            name: functools.partial(KERNELS[name], q, k, v, scale)
+            for name in usable(q, k, v, scale)
+        },
+    )
 
 
 def usable(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> list[str]:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lsync_compile.errors import OptionError
-from lsync_compile.kernels.fastest import fastest
+from lsync_compile.kernels.fastest import Choices
 from lsync_compile.kernels.launch import recording, runs_kernel
 from lsync_compile.kernels.spec import KernelSpec, Tolerance, register
 from lsync_compile.kernels.upsample_conv_kernels import spread, spreads
@@ -70,7 +69,7 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]] = 
 }
 """What to choose from."""
 
-_chosen: dict[Any, str] = {}
+_chosen = Choices(__name__)
 
 
 def upsample_conv_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, phases: Tensor) -> Tensor:
@@ -82,9 +81,9 @@ def upsample_conv_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, phases:
     name = "phases"
     if x.is_cuda:
         arguments = x, weight, bias, phases
-        key = (x.device, x.dtype, x.shape, x.stride(), weight.shape, bias is None)
+        key = (x.dtype, tuple(x.shape), x.stride(), tuple(weight.shape), bias is None)
         calls = {name: functools.partial(call, *arguments) for name, call in KERNELS.items()}
-        name = fastest(_chosen, key, calls, x.device) or "library"
+        name = _chosen.fastest(x.device, key, lambda: calls) or "library"
     out = KERNELS[name](x, weight, bias, phases)
     return out.contiguous(memory_format=_format(x))
 

@@ -17,7 +17,7 @@ from torch.fx import Graph
 
 from lsync_compile.kernels.spec import registered
 from lsync_compile.passes.plugins import loaded_uuids
-from lsync_compile.passes.spec import module_uuid
+from lsync_compile.sources import module_uuid
 
 _KNOWN = frozenset({"aten", "prims", "prim", "lsync"})  # namespaces of torch's ops, and ours
 
