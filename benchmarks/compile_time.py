@@ -67,6 +67,7 @@ def first_call(arguments: argparse.Namespace) -> dict[str, Any]:
             row["lowering_seconds"] = round(sum(graph.lowering_seconds for graph in graphs), 3)
             row["graphs"] = len(graphs)
             row["from_cache"] = sum(graph.cache_hit for graph in graphs)
+            row["captured_before"] = sum(graph.kept for graph in graphs)
     return row
 
 

@@ -24,6 +24,8 @@ from lsync_compile.graph.copying import copy_graph
 from lsync_compile.graph.deep_cache import CACHED, DeepCut, mark_joins
 from lsync_compile.graph.purity import wants_gradient
 from lsync_compile.graph.staging import Staging, cut, why_not
+from lsync_compile.kept.call import KeptPasses, Recording
+from lsync_compile.kept.state import UnknownError
 from lsync_compile.lowering import get_lowering
 from lsync_compile.lowering.base import GraphFunction
 from lsync_compile.lowering.cuda_graph import capturing
@@ -79,6 +81,7 @@ class GraphCompiler:
         target: role of the graphs, see :class:`~lsync_compile.passes.spec.PassContext`.
         variant: 0 for the first shapes of a target; other shapes are recorded as variants of them.
         terms: what holds for all calls of its graphs.
+        recording: takes down what it compiles, for other processes.
     """
 
     __name__ = "lsync"
@@ -89,11 +92,13 @@ class GraphCompiler:
         target: str,
         variant: int = 0,
         terms: Terms | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self.session = session
         self.target = target
         self.terms = terms or Terms()
         self._variant = variant
+        self._recording = recording
         self._seen: dict[int, set[str]] = {}
         self._keeping: WeakSet[StagedCall | DeepCacheUNet] = WeakSet()
 
@@ -106,11 +111,33 @@ class GraphCompiler:
         record = self._open_record(gm, example_inputs)
         untouched = copy_graph(gm)
         try:
+            self._rewrite(gm, record)
+            if self._recording is not None:
+                self._recording.graph(gm, example_inputs, record)
             call = self._compile(gm, example_inputs, record)
         except Failure as failure:
             call = self._fall_back(untouched, record, failure)
         self.session.add_graph(record)
         log.info("%s: %d -> %d nodes", record.name, record.nodes_in, record.nodes_out)
+        return self._counted(call, record)
+
+    def restore(
+        self, gm: GraphModule, example_inputs: Sequence[Any], passes: KeptPasses
+    ) -> GraphFunction:
+        """What runs a graph that the passes have rewritten in an earlier process.
+
+        Raises:
+            UnknownError: it cannot be compiled; nothing is recorded then.
+        """
+        record = self._open_record(gm, example_inputs)
+        record.kept, record.passes = True, passes.records
+        record.nodes_in, record.nodes_out = passes.nodes_in, passes.nodes_out
+        try:
+            call = self._compile(gm, example_inputs, record)
+        except Failure as failure:
+            self._seen.clear()
+            raise UnknownError(f"{failure.stage}: {failure.error}") from failure.error
+        self.session.add_graph(record)
         return self._counted(call, record)
 
     def reset(self) -> None:
@@ -126,7 +153,7 @@ class GraphCompiler:
     def _compile(
         self, gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord
     ) -> GraphFunction:
-        self._rewrite(gm, record)
+        """Lower a rewritten graph, in as many parts as its options and its run ask for."""
         staging = self._stage(gm, record)
         if staging is None:
             return self._lower_main(gm, example_inputs, record)
@@ -265,10 +292,14 @@ class GraphCompiler:
 
     def _counted(self, call: GraphFunction, record: GraphRecord) -> GraphFunction:
         count = self.session.count_call
+        seen = None if self._recording is None else self._recording.results
 
         def run(*args: Any) -> Any:
             count(record)
-            return call(*args)
+            results = call(*args)
+            if seen is not None:
+                seen(results)
+            return results
 
         return run
 

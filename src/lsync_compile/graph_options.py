@@ -73,6 +73,14 @@ class GraphOptions:
             "elsewhere, and where a graph cannot be captured, it runs as it was lowered."
         ),
     )
+    keep_captures: bool = field(
+        default=True,
+        metadata=about(
+            "Keep captured graphs on disk beside Inductor's cache, so that a later process need "
+            "not capture again.",
+            rebuild=False,
+        ),
+    )
     fuse_geglu: bool = field(
         default=True, metadata=about("Pass: the gate of each feed-forward in one kernel.")
     )

@@ -136,6 +136,7 @@ class GraphRecord:
         lowering: what runs it; "eager" with ``fallback`` set means the untouched graph.
         fallback: why it is not compiled; empty where it is.
         cache_hit: whether Inductor found it in its cache.
+        kept: whether it was captured by an earlier process, whose passes ``passes`` are.
         calls: how often it ran.
         stages: parts that do not run in each call.
         unstaged: why there are none; empty where there are, or nothing is to be gained.
@@ -155,6 +156,7 @@ class GraphRecord:
     pass_seconds: float = 0.0
     lowering_seconds: float = 0.0
     cache_hit: bool = False
+    kept: bool = False
     fallback: str = ""
     calls: int = 0
     stages: list[StageRecord] = field(default_factory=list)

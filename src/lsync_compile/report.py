@@ -228,7 +228,7 @@ def format_report(report: Report) -> str:
     for graph in report.graphs:
         lines.append(
             f"  {graph.name} ({graph.kind}; {graph.inputs}): nodes {graph.nodes_in} -> "
-            f"{graph.nodes_out}, passes {graph.pass_seconds:.2f} s, {graph.lowering} "
+            f"{graph.nodes_out}, {_preparation(graph)}, {graph.lowering} "
             f"{graph.lowering_seconds:.2f} s, {_count(graph.calls, 'call')}"
         )
         lines.extend(f"    {format_pass(done)}" for done in graph.passes)
@@ -245,6 +245,12 @@ def format_report(report: Report) -> str:
     lines.extend(f"  time: {name} {format_time(spent)}" for name, spent in report.times.items())
     lines.extend(f"  note: {text}" for text in report.notes)
     return "\n".join(lines)
+
+
+def _preparation(graph: GraphRecord) -> str:
+    if graph.kept:
+        return "captured before"
+    return f"passes {graph.pass_seconds:.2f} s"
 
 
 def format_pass(record: PassRecord) -> str:

@@ -8,8 +8,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from lsync_compile.kernels.spec import KernelSpec
-
 PACKAGE = "lsync_compile"
 
 
@@ -41,6 +39,10 @@ def _used_modules(start: ModuleType) -> set[ModuleType]:
 
 
 def _referenced(module: ModuleType, packages: Collection[str]) -> Iterator[ModuleType]:
+    from lsync_compile.kernels.spec import KernelSpec  # kernels need this module for their keys
+
+    if module.__name__ == PACKAGE:  # it holds whatever has been imported by now
+        return
     for value in vars(module).values():
         # A kernel's specification is of no module's code, but the functions that it holds are.
         held = vars(value).values() if isinstance(value, KernelSpec) else ()

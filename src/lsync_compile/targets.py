@@ -21,8 +21,12 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lsync_compile import compile_cache
 from lsync_compile.backend import GraphCompiler
 from lsync_compile.errors import CompileError, LsyncError, OptionError
+from lsync_compile.kept.call import KeptCall, Question, Recorded, Recording, find
+from lsync_compile.kept.state import UnknownError
+from lsync_compile.passes.manager import PassManager
 from lsync_compile.report import Session
 from lsync_compile.runtime.context import Terms, current_terms
 from lsync_compile.runtime.running import options_of, runs_plain
@@ -140,17 +144,61 @@ class CompiledCall:
         terms = current_terms()
         key = (terms, shapes, options_of(self.session).rebuild_key)
         if key not in self._compiled:
-            compiler = GraphCompiler(
-                self.session, self.role, variant=len(self._compiled), terms=terms
-            )
-            self._compilers.append(compiler)
-            self._compiled[key] = torch.compile(
-                own_call(self.module),
-                backend=compiler,
-                dynamic=self._dynamic,
-                fullgraph=self._fullgraph,
-            )
+            self._compiled[key] = self._made(terms, (args, kwargs))
         return self._compiled[key]
+
+    def _made(self, terms: Terms, arguments: Any) -> Callable[..., Any]:
+        """Compiled from the graph of an earlier process, or else by dynamo."""
+        question = self._question(terms, arguments)
+        kept = None if question is None else find(question)
+        if question is not None and kept is not None:
+            try:
+                return KeptCall(
+                    question,
+                    kept,
+                    self._compiler(terms).restore,
+                    lambda: self._captured_anew(terms),
+                )
+            except UnknownError as error:
+                log.info("%s is captured again: %s", self.role, error)
+        return self._captured(terms, question)
+
+    def _captured(self, terms: Terms, question: Question | None = None) -> Callable[..., Any]:
+        """Compiled by dynamo, and taken down where a question is to be answered."""
+        recording = None if question is None else Recording(question)
+        compiled = torch.compile(
+            own_call(self.module),
+            backend=self._compiler(terms, recording),
+            dynamic=self._dynamic,
+            fullgraph=self._fullgraph,
+        )
+        return compiled if recording is None else Recorded(compiled, recording)
+
+    def _captured_anew(self, terms: Terms) -> Callable[..., Any]:
+        self.session.note(
+            f"{self.role}: the graph of an earlier process is not right for all calls, because "
+            "the module, or torch's settings, changed: captured again"
+        )
+        return self._captured(terms)
+
+    def _compiler(self, terms: Terms, recording: Recording | None = None) -> GraphCompiler:
+        made = GraphCompiler(self.session, self.role, len(self._compiled), terms, recording)
+        self._compilers.append(made)
+        return made
+
+    def _question(self, terms: Terms, arguments: Any) -> Question | None:
+        """What to look for on disk; None where that is switched off or cannot be said."""
+        options = options_of(self.session)
+        off = not options.keep_captures or options.dump_dir is not None
+        if off or self._dynamic or compile_cache.folder() is None:
+            return None
+        said = sorted(terms.vouched), terms.chunks, terms.timesteps, terms.region
+        made_by = self.role, *said, PassManager(options).uuid()
+        try:
+            return Question(self.module, arguments, made_by)
+        except UnknownError as error:
+            log.info("%s is captured in each process: %s", self.role, error)
+            return None
 
 
 def check_free(module: nn.Module, role: str) -> None:

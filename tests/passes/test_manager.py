@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from captures import Attention, capture
 from torch.fx import GraphModule
 
+import lsync_compile
 from lsync_compile import sources
 from lsync_compile.errors import OptionError
 from lsync_compile.options import Options
@@ -205,6 +207,14 @@ def test_the_key_sees_a_changed_helper(
 
     monkeypatch.setattr(sources, "_source", changed)
     assert source_uuid(cls) != before
+
+
+def test_the_key_does_not_depend_on_what_has_been_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the package holds each of its modules once it is imported, and its names once used."""
+    keys = {name: source_uuid(cls) for name, cls in registered().items()}
+    monkeypatch.setattr(lsync_compile, "anything", lsync_compile.compile, raising=False)
+    monkeypatch.setattr(lsync_compile, "cli", import_module("lsync_compile.cli"), raising=False)
+    assert {name: source_uuid(cls) for name, cls in registered().items()} == keys
 
 
 def test_registering_twice_or_without_an_option_is_refused() -> None:

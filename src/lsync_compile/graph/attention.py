@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-import lsync_compile.kernels  # noqa: F401  registers the operators named here
+from lsync_compile import kernels  # noqa: F401  registers the operators named here
 from lsync_compile.graph.axes import viewed
 from lsync_compile.graph.build import example
 

@@ -27,7 +27,7 @@ from lsync_compile.graph.purity import has_writes
 from lsync_compile.graph.skips import skip_joins
 
 CACHED = "lsync_cached"  # name of the shallow graph's last input
-_JOIN_KEY = "lsync_skip_join"  # in ``meta``: how many joins follow
+JOIN_KEY = "lsync_skip_join"  # in ``meta``: how many joins follow
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def mark_joins(graph: Graph) -> int:
     """
     joins = skip_joins(graph)
     for index, join in enumerate(reversed(joins)):
-        join.node.meta[_JOIN_KEY] = index
+        join.node.meta[JOIN_KEY] = index
     return len(joins)
 
 
@@ -70,7 +70,7 @@ def why_not(graph: Graph, branch: int) -> str:
     """Why a marked graph cannot be cut at this branch; the empty string where it can."""
     if has_writes(graph):
         return "the graph writes in place"
-    count = sum(_JOIN_KEY in node.meta for node in graph.nodes)
+    count = sum(JOIN_KEY in node.meta for node in graph.nodes)
     if count == 0:
         return "it has no skip joins"
     join = _join(graph, branch)
@@ -127,7 +127,7 @@ def _settle(gm: GraphModule) -> None:
 
 
 def _join(graph: Graph, branch: int) -> Node | None:
-    nodes = (node for node in graph.nodes if node.meta.get(_JOIN_KEY) == branch)
+    nodes = (node for node in graph.nodes if node.meta.get(JOIN_KEY) == branch)
     return next(nodes, None)
 
 
