@@ -33,10 +33,11 @@ class Stream:
 
 
 class Generator:
-    """A CUDA generator's position."""
+    """A CUDA generator's position; ``stuck`` where it believes that a recording goes on."""
 
     def __init__(self) -> None:
         self.offset = 0
+        self.stuck = False
 
     def get_offset(self) -> int:
         return self.offset
@@ -147,6 +148,7 @@ class FakeCuda:
         self.log.append(f"record on {stream.name}")
         self._capturing, graph._pool, self._recorded_on = graph, pool, stream
         mode = _Recorder(graph)
+        self.default_generators[0].stuck = True
         try:
             with mode:
                 yield
@@ -156,6 +158,7 @@ class FakeCuda:
                 self._open = pool
                 raise RuntimeError("CUDA error: operation failed due to a previous error")
         graph.ended = True
+        self.default_generators[0].stuck = False
         self.graphs.append(graph)
         self._local.stream = self._main
 

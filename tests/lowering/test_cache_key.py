@@ -11,11 +11,11 @@ import torch
 from captures import capture
 from torch.fx import GraphModule
 
+from lsync_compile import sources
 from lsync_compile.kernels import add_layer_norm, geglu
 from lsync_compile.lowering import get_lowering
 from lsync_compile.lowering.cache_key import ops_key
 from lsync_compile.options import Options
-from lsync_compile.passes import spec
 
 
 def graph_of(function: Callable[..., object]) -> tuple[GraphModule, list]:
@@ -34,7 +34,7 @@ def two(x: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def changed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """A function that makes the source of a module look edited, in a way never seen before."""
-    plain = spec._source
+    plain = sources._source
 
     def change(name: str) -> None:
         edit = f"# {secrets.token_hex()}"
@@ -42,7 +42,7 @@ def changed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         def source(module: ModuleType) -> str:
             return plain(module) + (edit if module.__name__ == name else "")
 
-        monkeypatch.setattr(spec, "_source", source)
+        monkeypatch.setattr(sources, "_source", source)
 
     return change
 

@@ -354,6 +354,7 @@ def refused(
     assert call.record.replays == call.record.static_bytes == pool.static_bytes == 0
     assert gc.isenabled()
     assert pool._cuda.current_stream().name == "main"
+    assert not pool._cuda.default_generators[0].stuck
     return reason, call
 
 

@@ -103,10 +103,12 @@ def _capture(
                 raise
     except CAPTURE_ERRORS as error:
         _unwind(graph, handle, cuda)
+        _free_generator(pool, cuda)
         log.debug("capture failed", exc_info=error)
         raise RefusalError(cause or _line(error)) from error
     except BaseException:  # an interrupt, or what is no error of capturing
         _unwind(graph, handle, cuda)
+        _free_generator(pool, cuda)
         raise
     return graph, tuple(outputs)
 
@@ -145,6 +147,28 @@ def _unwind(graph: Any, handle: Any, cuda: Any) -> None:
         for undo in (internals._cuda_endAllocateToPool, internals._cuda_releasePool):
             with contextlib.suppress(RuntimeError):  # done already, in some versions
                 undo(device, handle)
+
+
+def _free_generator(pool: BatchAwareMemoryPool, cuda: Any) -> None:
+    """Let the device draw random numbers again after a recording that ended in an error.
+
+    Beginning one tells the generator, ending one does, but an invalidated one does not come that
+    far (``CUDAGraph::capture_end``): from then on each random operation in the process raises
+    "Offset increment outside graph capture". So something is recorded that cannot fail.
+    """
+    with contextlib.suppress(*CAPTURE_ERRORS), cuda.stream(pool.stream):
+        scratch = torch.empty(1, device=pool.device)
+        scratch.zero_()
+        with (
+            _quiet(cuda),
+            cuda.graph(
+                cuda.CUDAGraph(),
+                pool=cuda.graph_pool_handle(),
+                stream=pool.stream,
+                capture_error_mode="thread_local",
+            ),
+        ):
+            scratch.zero_()
 
 
 def _internals(cuda: Any) -> Any:
