@@ -25,6 +25,7 @@ from common import RESULTS, STAGE2_512, merge_results
 from diffusers import AutoencoderKL
 from memory_gpu import synthesizer
 from torch import Tensor
+from trace_picture import draw
 from unet_step import SMALL as SMALL_UNET
 from unet_step import random_unet
 from vae import SD_VAE
@@ -58,7 +59,7 @@ class Work:
 
     def __init__(self, unet: Any, vae: Any, arguments: argparse.Namespace) -> None:
         self.device = unet.device
-        self.run = synthesizer(unet, vae, arguments.steps, self.device)
+        self.run = synthesizer(unet, vae, arguments.frames, arguments.steps, self.device)
         self.side = 8 * unet.config.sample_size
         self.aligner = BatchAligner(self.side, self.device)
         self.width = unet.config.cross_attention_dim
@@ -150,6 +151,14 @@ def measure(
     )
 
 
+def keep_trace(timeline: Timeline, path: Path) -> None:
+    """Write a timeline as a Chrome trace or, where the name does not end in .json, as an SVG."""
+    trace = timeline.chrome_trace()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(trace) + "\n" if path.suffix == ".json" else draw(trace))
+    print(f"wrote {path}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="small widths and latents")
@@ -159,7 +168,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--frames", type=int, default=16, help="a chunk")
-    parser.add_argument("--trace", type=Path, help=".json, .png or .svg")
+    parser.add_argument("--trace", type=Path, help="file for it, .json or .svg")
     parser.add_argument("--out", type=Path, default=RESULTS / "stages.json")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -183,9 +192,9 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     if sums[0] != sums[1]:
         raise SystemExit("the overlapped run gives other bytes than the serial one")
-    if arguments.trace is not None:
-        timeline.save(arguments.trace)
     merge_results(arguments.out, __doc__.splitlines()[0], device, rows, KEY)
+    if arguments.trace is not None:
+        keep_trace(timeline, arguments.trace)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/unet_step.py                             # full size, on a GPU
     python benchmarks/unet_step.py --small                     # any machine, a check of the script
     python benchmarks/unet_step.py --list                      # names of all variants
-    python benchmarks/unet_step.py --waterfall to --seconds 540 --batches 2
+    python benchmarks/unet_step.py --waterfall to --seconds 540 --batches 2 --lowering eager
     python benchmarks/unet_step.py --latents 64 32 --dtypes float16 bfloat16 --variants lsync
     python benchmarks/unet_step.py --variants inductor lsync --profile --batches 2
 
@@ -135,15 +135,18 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--variants", nargs="+", help="default: eager inductor lsync")
     parser.add_argument("--waterfall", nargs="+", default=[], choices=WATERFALLS)
+    parser.add_argument(
+        "--lowering", choices=("inductor", "eager"), default="inductor", help="of the waterfall"
+    )
     parser.add_argument("--profile", action="store_true", help="add kernel time by kind")
     parser.add_argument("--seconds", type=float, help="start nothing that would take longer")
     parser.add_argument("--again", action="store_true", help="measure what is on file too")
     parser.add_argument("--out", type=Path, default=RESULTS / "unet_step.json")
     arguments = parser.parse_args()
     variants = arguments.variants or ([] if arguments.waterfall else ["eager", "inductor", "lsync"])
-    arguments.variants = list(dict.fromkeys([*variants, *waterfall(*arguments.waterfall)]))
-    if not arguments.waterfall:
-        arguments.variants = variants
+    if arguments.waterfall:
+        variants += waterfall(*arguments.waterfall, lowering=arguments.lowering)
+    arguments.variants = list(dict.fromkeys(variants))
     for variant in arguments.variants:
         try:
             options_of(variant)

@@ -9,6 +9,8 @@
     lsync without=NAME             with all but NAME
     lsync with=NAME+NAME           with fusions that are off in ``exact`` as well
 
+Each of lsync's may end in ``lowering=eager``.
+
 NAME is a boolean option that is on in ``exact``: the passes in running order, then the others.
 After ``with=`` it is a fusion that is off, see :func:`candidates`, or one of `LOSSY`.
 """
@@ -31,6 +33,7 @@ from lsync_compile.passes.spec import registered
 
 LOSSY = ("fp8_linear",)
 WATERFALLS = ("to", "only", "without")
+EAGERLY = "lowering=eager"
 
 
 class Pipeline:
@@ -63,12 +66,13 @@ def options_of(variant: str) -> dict[str, Any] | None:
         return None
     common = {"preset": "exact", "strict": True}
     words = variant.split()
+    if words[1:] and words[-1] == EAGERLY:
+        common["lowering"] = "eager"
+        words.pop()
     if words == ["lsync"]:
         return common
     if len(words) == 2 and words[0] == "lsync":
         kind, _, name = words[1].partition("=")
-        if words[1] == "lowering=eager":
-            return {**common, "lowering": "eager"}
         if words[1] == "none":
             return {**common, **dict.fromkeys(names, False)}
         more = name.split("+")
@@ -88,13 +92,14 @@ def options_of(variant: str) -> dict[str, Any] | None:
 def all_variants() -> list[str]:
     """Every name that :func:`options_of` takes."""
     more = [*candidates(), "+".join(candidates())] if candidates() else []
-    plain = ["eager", "inductor", "lsync lowering=eager", "lsync"]
+    plain = ["eager", "inductor", f"lsync {EAGERLY}", "lsync"]
     return [*plain, *(f"lsync with={name}" for name in more), *waterfall(*WATERFALLS)]
 
 
-def waterfall(*kinds: str) -> list[str]:
+def waterfall(*kinds: str, lowering: str = "inductor") -> list[str]:
     """ "lsync none" and then, for each kind of waterfall, its steps in order."""
-    return ["lsync none", *(f"lsync {kind}={name}" for kind in kinds for name in switches())]
+    names = ["lsync none", *(f"lsync {kind}={name}" for kind in kinds for name in switches())]
+    return [f"{name} {EAGERLY}" for name in names] if lowering == "eager" else names
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def test_a_waterfall_has_every_pass_in_running_order_and_each_switch_once() -> N
     assert [name for name in names if name in passes] == [
         name for name in passes if getattr(exact, name)
     ]
-    assert not {"strict", "compile_vae"} & set(names)
+    assert not {"strict", "compile_vae", "keep_captures"} & set(names)
 
 
 def test_each_name_stands_for_its_options() -> None:
@@ -39,6 +39,9 @@ def test_each_name_stands_for_its_options() -> None:
         assert on(f"lsync without={name}") == [each for each in names if each != name]
     assert options_of("eager") is None
     assert options_of("lsync lowering=eager")["lowering"] == "eager"
+    lowered = waterfall("to", lowering="eager")
+    for eager, plain in zip(lowered, waterfall("to"), strict=True):
+        assert options_of(eager) == {**options_of(plain), "lowering": "eager"}
     assert waterfall("to")[-1] in all_variants()
     for variant in all_variants():
         resolve_options(None, options_of(variant))

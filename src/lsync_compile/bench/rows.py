@@ -22,7 +22,7 @@ AUTOTUNED = "inductor max-autotune"
 ORIGINAL, PACKAGE = "original, eager", "original + DeepCache 3/0"
 FEW_STEPS = (10, 5)
 SOLVERS = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++ 2M", "unipc": "UniPC"}
-NO_OPTIMISATION = frozenset({"strict", "compile_vae"})
+NO_OPTIMISATION = frozenset({"keep_captures", "strict", "compile_vae"})
 
 
 @dataclass(frozen=True)
