@@ -17,6 +17,9 @@ from lsync_compile.models.unet import UNet3DConditionOutput
 ONE, TWO = torch.zeros(1), torch.ones(2)
 
 
+REFUSED = ["unknown tensor", "class", "key", "set", "object"]
+
+
 @dataclass
 class Foreign:
     sample: torch.Tensor

@@ -11,7 +11,7 @@ from lsync_compile.quality.plots import axis
 
 WIDTH, HEIGHT = 920, 380
 LEFT, RIGHT, TOP, BOTTOM = 62, 24, 18, 44
-BAR, GAP, NAMES = 22, 10, 230
+BAR, GAP, NAMES, LETTER = 22, 10, 230, 7
 
 # For files of their own, which no page's style sheet reaches.
 STYLE = """<style>
@@ -151,7 +151,10 @@ def bars(rows: Sequence[Bar], *, x_label: str, level: tuple[str, float] | None =
                 f'width="{max(x(start + length) - x(start), 0):.1f}" height="{BAR}"/>'
             )
             start += length
-        parts.append(_text(x(start) + 6, top + BAR - 6, row.label, "start"))
+        beside = x(start) + 6
+        if level is not None and beside < x(level[1]) < beside + LETTER * len(row.label):
+            beside = x(level[1]) + 6  # past the line, which would run through it
+        parts.append(_text(beside, top + BAR - 6, row.label, "start"))
     if level is not None:
         name, value = level
         parts.append(f'<path class="level" d="M{x(value):.1f} {TOP - 8}V{height - BOTTOM}"/>')
