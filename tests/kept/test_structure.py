@@ -55,7 +55,7 @@ def identities(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "value", [torch.zeros(1), Foreign(ONE), {1: ONE}, {ONE}, object()], ids=str
+    "value", [torch.zeros(1), Foreign(ONE), {1: ONE}, {ONE}, object()], ids=REFUSED
 )
 def test_what_cannot_be_made_again_is_refused(value: Any) -> None:
     with pytest.raises(UnknownError):
