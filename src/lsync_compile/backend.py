@@ -111,9 +111,6 @@ class GraphCompiler:
         record = self._open_record(gm, example_inputs)
         untouched = copy_graph(gm)
         try:
-            self._rewrite(gm, record)
-            if self._recording is not None:
-                self._recording.graph(gm, example_inputs, record)
             call = self._compile(gm, example_inputs, record)
         except Failure as failure:
             call = self._fall_back(untouched, record, failure)
@@ -133,7 +130,7 @@ class GraphCompiler:
         record.kept, record.passes = True, passes.records
         record.nodes_in, record.nodes_out = passes.nodes_in, passes.nodes_out
         try:
-            call = self._compile(gm, example_inputs, record)
+            call = self._lower_rewritten(gm, example_inputs, record)
         except Failure as failure:
             self._seen.clear()
             raise UnknownError(f"{failure.stage}: {failure.error}") from failure.error
@@ -153,7 +150,15 @@ class GraphCompiler:
     def _compile(
         self, gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord
     ) -> GraphFunction:
-        """Lower a rewritten graph, in as many parts as its options and its run ask for."""
+        self._rewrite(gm, record)
+        if self._recording is not None:
+            self._recording.graph(gm, example_inputs, record)
+        return self._lower_rewritten(gm, example_inputs, record)
+
+    def _lower_rewritten(
+        self, gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord
+    ) -> GraphFunction:
+        """Lower a graph in as many parts as the options and the run ask for."""
         staging = self._stage(gm, record)
         if staging is None:
             return self._lower_main(gm, example_inputs, record)

@@ -64,6 +64,22 @@ def test_every_row_has_a_name_of_its_own_and_valid_options() -> None:
     assert not options.fuse_qkv
 
 
+def test_rows_by_name_and_by_the_beginning_of_one() -> None:
+    plan = Plan(
+        Path("x"), torch.device("cuda"), torch.float16, "full", recording=Path("x"), clip=Path("x")
+    )
+
+    def named(*names: str) -> list[str]:
+        return [row.name for row in dataclasses.replace(plan, names=names).rows()]
+
+    assert named("Inductor") == ["Inductor"]  # and not what takes longest to compile
+    assert named("Inductor, max") == ["Inductor, max-autotune"]
+    assert len(named("Inductor,")) > 5
+    assert named("exact", "orig") == [ORIGINAL, PACKAGE, "exact"]
+    assert named("nothing") == []
+    assert named() == [row.name for row in plan.rows()]
+
+
 def test_rows_are_filed_once_and_gone_on_with(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     results, late = run(plan, told.append)
@@ -98,8 +114,10 @@ def test_a_wrong_output_is_not_timed(plan: Plan, monkeypatch: pytest.MonkeyPatch
         return networks
 
     monkeypatch.setattr(command, "make_networks", broken)
-    results, _ = run(plan)
+    told: list[str] = []
+    results, _ = run(plan, told.append)
     (row,) = results.sections[0]["rows"]
+    assert len(told) == 1, told  # tried once
     assert "UNet step differs by 0.1" in row["refused"]
     assert "frames_per_s" not in row
     page = markdown(results.sections)

@@ -49,7 +49,9 @@ def bench(
     ] = None,
     row: Annotated[
         list[str] | None,
-        typer.Option(help="Beginning of a row's name; may be given again. All by default."),
+        typer.Option(
+            help="A row's name, or the beginning of some; may be given again. All by default."
+        ),
     ] = None,
     config: Annotated[
         list[Path] | None,

@@ -95,7 +95,12 @@ class Plan:
         ]
         if not self.on_gpu:
             rows = [row.on_a_cpu() for row in rows]
-        return [row for row in rows if not self.names or row.name.startswith(self.names)]
+        return [row for row in rows if not self.names or self._asked_for(row.name, rows)]
+
+    def _asked_for(self, name: str, rows: list[Row]) -> bool:
+        """Whether a row is one that was named, or begins like a name that no row has."""
+        whole = {row.name for row in rows}.intersection(self.names)
+        return name in whole or name.startswith(tuple(set(self.names) - whole))
 
 
 class OutOfTime(Exception):  # noqa: N818  no error: the same call goes on
@@ -156,11 +161,11 @@ def measure_speed(plan: Plan, results: Results, budget: Budget, tell: Tell) -> t
     """
     section, about = _section(plan, results, "speed")
     made: list[Networks] = []
+    tried: set[str] = set()
     for matched in (False, True):  # the second time with what the first found
         counts = matching_steps(section) if matched else ()
-        rows = list(missing(plan, section, plan.rows(counts)))
-        if matched and plan.again:
-            rows = [row for row in rows if row.steps in counts]
+        rows = [row for row in missing(plan, section, plan.rows(counts)) if row.name not in tried]
+        tried.update(row.name for row in rows)
         if rows and not made:
             made.append(make_networks(plan))
             if "work" not in section.content:
