@@ -26,9 +26,10 @@ demo: $(BIN)/.installed  ## Lip-sync the bundled sample with the bundled model
 	@echo "video:  $(OUT)/demo.mp4"
 	@echo "report: $(OUT)/demo.json"
 
-# A process a core, each with one thread; a file's tests share what they capture.
+# A process a core, each with one thread; a file's tests share what they capture. Files in their own
+# order: by the number of tests the slowest would come last, and one core would wait for the other.
 test: $(BIN)/.installed  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(BIN)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
