@@ -6,6 +6,7 @@ module's result, bit by bit.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -145,6 +147,16 @@ def test_a_later_process_does_not_capture() -> None:
     assert other.pass_seconds == 0
     assert "captured before" in str(fast.lsync.report())
     assert fast.lsync.report().notes == first.lsync.report().notes
+
+
+def test_the_first_calls_arguments_are_let_go() -> None:
+    """The compiler lives on, and they may be a chunk of pictures on a device."""
+    fast, x = compiled(network()), draw()
+    held = ref(x)
+    fast(x)
+    del x
+    gc.collect()
+    assert held() is None
 
 
 def test_weights_are_those_of_now() -> None:

@@ -31,14 +31,13 @@ from lsync_compile.kept.state import (
     named_tensors,
     tensor_kind,
 )
-from lsync_compile.kept.structure import Rebuild, structure
+from lsync_compile.kept.structure import CONSTANTS, Rebuild, structure
 from lsync_compile.lowering.base import GraphFunction
 from lsync_compile.records import GraphRecord, PassRecord
 
 log = logging.getLogger(__name__)
 
 KIND = "captures"
-_CONSTANTS = (bool, int, float, str, type(None))
 _TENSOR = object()  # in the place of an argument that is one
 
 
@@ -80,7 +79,7 @@ class Question:
 def _kind(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return tensor_kind(leaf)
-    if type(leaf) not in _CONSTANTS:
+    if type(leaf) not in CONSTANTS:
         raise UnknownError(f"an argument that is a {type(leaf).__name__}")
     return type(leaf).__name__, leaf
 
@@ -95,7 +94,8 @@ class Recording:
     """Takes down what becomes of a module's first call, and keeps it on disk if it is whole.
 
     :meth:`graph` and :meth:`results` are called by the compiler, :meth:`keep` when the call is
-    done. Where there is anything that another process could not repeat, nothing is kept.
+    done, :meth:`close` when it has ended in any way. Where there is anything that another process
+    could not repeat, nothing is kept.
     """
 
     def __init__(self, question: Question) -> None:
@@ -137,7 +137,12 @@ class Recording:
             log.info("the capture is not kept: %s", error)
         else:
             compile_cache.write(KIND, self._question.name, kept)
+
+    def close(self) -> None:
+        """Let go of the call's arguments and results: the compiler holds this as long as itself."""
         self._done, self._results = True, None
+        self._graphs.clear()
+        self._question.leaves.clear()
 
     def _whole(self, value: Any) -> dict[str, Any]:
         if self._problem:
@@ -180,10 +185,14 @@ class Recorded:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         recording, self._recording = self._recording, None
-        value = self._compiled(*args, **kwargs)
-        if recording is not None:
+        if recording is None:
+            return self._compiled(*args, **kwargs)
+        try:
+            value = self._compiled(*args, **kwargs)
             recording.keep(value)
-        return value
+            return value
+        finally:
+            recording.close()
 
 
 class KeptCall:

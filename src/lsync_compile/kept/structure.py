@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lsync_compile.kept.state import KNOWN, UnknownError
 
-_CONSTANTS = (bool, int, float, str, type(None))
+CONSTANTS = (bool, int, float, str, type(None))
 
 
 def structure(value: Any, tensors: Sequence[Tensor]) -> Any:
@@ -30,7 +30,7 @@ def structure(value: Any, tensors: Sequence[Tensor]) -> Any:
         if len(places) != 1:
             raise UnknownError("a result that the graph does not return")
         return ["tensor", places[0]]
-    if type(value) in _CONSTANTS:
+    if type(value) in CONSTANTS:
         return ["constant", value]
     if type(value) is list or type(value) is tuple:
         return [type(value).__name__, [structure(part, tensors) for part in value]]
@@ -82,7 +82,7 @@ class Rebuild:
             self._classes[rest[0], rest[1]] = cls
             inner = rest[2].values()
         elif (kind == "tensor" and rest[0] in range(self._count)) or (
-            kind == "constant" and type(rest[0]) in _CONSTANTS
+            kind == "constant" and type(rest[0]) in CONSTANTS
         ):
             inner = ()
         else:
