@@ -119,6 +119,16 @@ class GraphOptions:
             "Pass: residual sums that measure themselves for the group norm after them."
         ),
     )
+    defer_bias: bool = field(
+        default=True,
+        metadata=about("Pass: projections' biases in the sums and norms that read them."),
+    )
+    pad_channels: bool = field(
+        default=True,
+        metadata=about(
+            "Pass: zeros up to a multiple of eight channels for convolutions in half precision."
+        ),
+    )
     channels_last: bool = field(
         default=True,
         metadata=about("Pass: images and videos with their channels together in memory."),

@@ -6,6 +6,7 @@ import torch
 from lsync_compile.errors import OptionError
 from lsync_compile.kernels import add_layer_norm, registered
 from lsync_compile.kernels.accuracy import error
+from lsync_compile.kernels.launch import INTERPRETED
 from lsync_compile.models.motion import PositionalEncoding
 
 SPEC = registered()["add_layer_norm"]
@@ -23,6 +24,17 @@ def test_adds_the_encoding_of_each_frame(normal, dtype):
     weight, bias = normal(2, 48, dtype=dtype)
     position = normal(3, 48, dtype=dtype)
     assert error(SPEC, x, residual, weight, bias, 1e-5, position) <= SPEC.tolerances[dtype].relative
+
+
+def test_a_shift_is_added_before_the_sum_is_rounded(normal, dtype):
+    x, residual = normal(2, 6, 5, 48, dtype=dtype)
+    weight, bias = normal(2, 48, dtype=dtype)
+    bound = SPEC.tolerances[dtype].relative
+    if dtype != torch.float32 and not INTERPRETED:
+        bound *= 2  # without the kernel it is rounded to the values' dtype, as x + shift is
+    for position in (None, normal(3, 48, dtype=dtype)):
+        shift = 3 * normal(48)
+        assert error(SPEC, x, residual, weight, bias, 1e-5, position, shift) <= bound
 
 
 def test_encodes_positions_like_the_motion_module(normal):
@@ -71,6 +83,7 @@ def test_passes_opcheck(normal):
     weight, bias = normal(2, 16)
     torch.library.opcheck(add_layer_norm, (x, residual, weight, bias))
     torch.library.opcheck(add_layer_norm, (x, residual, weight, bias, 1e-5, normal(3, 16)))
+    torch.library.opcheck(add_layer_norm, (x, residual, weight, bias, 1e-5, None, normal(16)))
 
 
 @pytest.mark.parametrize(
@@ -88,3 +101,9 @@ def test_refuses_what_does_not_fit(shapes, message):
     x, residual, weight, bias, *position = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(OptionError, match=message):
         add_layer_norm(x, residual, weight, bias, 1e-5, *position)
+
+
+def test_refuses_a_shift_of_another_size():
+    x, weight = torch.zeros(4, 8), torch.zeros(8)
+    with pytest.raises(OptionError, match=r"shift \(7,\) must be \(8,\)"):
+        add_layer_norm(x, x, weight, weight, 1e-5, None, torch.zeros(7))

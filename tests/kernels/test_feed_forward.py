@@ -67,6 +67,19 @@ def test_rows_that_are_all_the_same(normal, dtype, given):
     )
 
 
+@pytest.mark.parametrize("given", [1, 4])
+def test_a_shift_is_added_to_the_rows_given(normal, dtype, given):
+    x, *rest = draw(normal, (4, 5, 64), 64, 64, dtype)
+    null = normal(64, dtype=dtype) if given < 4 else None
+    shift = normal(64, dtype=dtype)
+    judge(x[:given], *rest, null, shift)
+    wide = [each.double() if isinstance(each, torch.Tensor) else each for each in (x, *rest)]
+    shifted = wide[0][:given] + shift.double()
+    expected = feed_forward_reference(shifted, *wide[1:], None if null is None else null.double())
+    out = feed_forward(x[:given], *rest, null, shift).double()
+    assert (out - expected).norm() <= SPEC.tolerances[dtype].relative * expected.norm()
+
+
 def test_reads_rows_of_any_stride(normal):
     x, residual, *rest = draw(normal, (4, 6, 64), 64, 64, torch.float16)
     wider = normal(4, 6, 3 * 64, dtype=torch.float16)
@@ -128,12 +141,13 @@ def test_passes_opcheck(normal, bias):
         (7, torch.zeros(2, 7).half(), "differ in dtype"),
         (0, torch.zeros(2, 4), "differ"),
         (9, torch.zeros(3), "null"),
+        (10, torch.zeros(3), "shift"),
     ],
 )
 def test_refuses_what_does_not_fit(place, value, message):
     arguments = [
         torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(4), torch.zeros(4), 1e-5,
-        torch.zeros(6, 4), torch.zeros(6), torch.zeros(2, 7), torch.zeros(2), None,
+        torch.zeros(6, 4), torch.zeros(6), torch.zeros(2, 7), torch.zeros(2), None, None,
     ]  # fmt: skip
     feed_forward(*arguments)
     arguments[place] = value

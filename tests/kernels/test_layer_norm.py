@@ -6,6 +6,7 @@ import torch
 from lsync_compile.errors import OptionError
 from lsync_compile.kernels import layer_norm, registered
 from lsync_compile.kernels.accuracy import error
+from lsync_compile.kernels.launch import INTERPRETED
 from lsync_compile.models.motion import PositionalEncoding
 
 SPEC = registered()["layer_norm"]
@@ -22,6 +23,16 @@ def test_adds_the_encoding_of_each_frame(normal, dtype):
     x, position = normal(6, 5, 48, dtype=dtype), normal(3, 48, dtype=dtype)
     weight, bias = normal(2, 48, dtype=dtype)
     assert error(SPEC, x, weight, bias, 1e-5, position) <= SPEC.tolerances[dtype].relative
+
+
+def test_a_shift_is_added_before_the_norm(normal, dtype):
+    x, position = normal(6, 5, 48, dtype=dtype), normal(3, 48, dtype=dtype)
+    weight, bias = normal(2, 48, dtype=dtype)
+    bound = SPEC.tolerances[dtype].relative
+    if dtype != torch.float32 and not INTERPRETED:
+        bound *= 2  # without the kernel it is rounded to the values' dtype, as x + shift is
+    for frames in (None, position):
+        assert error(SPEC, x, weight, bias, 1e-5, frames, 3 * normal(48)) <= bound
 
 
 def test_encodes_positions_like_the_motion_module(normal):
@@ -57,6 +68,7 @@ def test_passes_opcheck(normal):
     x, (weight, bias) = normal(6, 3, 16), normal(2, 16)
     torch.library.opcheck(layer_norm, (x, weight, bias))
     torch.library.opcheck(layer_norm, (x, weight, bias, 1e-5, normal(3, 16)))
+    torch.library.opcheck(layer_norm, (x, weight, bias, 1e-5, None, normal(16)))
 
 
 @pytest.mark.parametrize(

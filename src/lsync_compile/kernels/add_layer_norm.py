@@ -4,6 +4,9 @@
 ``total = x + residual``; ``normed = (total - mean) / sqrt(var + eps) * weight + bias`` over the
 channels of each token (Ba et al., 2016, https://arxiv.org/abs/1607.06450), optionally plus the
 encoding of the token's frame. The statistics are those of the sum as it is stored, rounded.
+
+``shift``, one number a channel, is added to ``x`` first: the bias of the projection that made it,
+which costs nothing here (:mod:`~lsync_compile.passes.defer_bias`).
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ def _fits(config: Config, arguments: Mapping[str, Any]) -> bool:
 )
 def _add_layer_norm(
     x_ptr,  # (rows, CHANNELS), channels together; with null only the last rows - missing of them
+    shift_ptr,  # (CHANNELS,), added to the rows of x, or none
     residual_ptr,  # (rows, CHANNELS), channels together, or none: x is the sum
     null_ptr,  # (CHANNELS,), what the first rows of x are, or none
     weight_ptr,  # (CHANNELS,)
@@ -63,12 +67,12 @@ def _add_layer_norm(
 
     out_at = first * CHANNELS + (row * CHANNELS + column[None, :])
     x_at = x_ptr + (first - missing) * stride_x + (row * stride_x + column[None, :])
-    if null_ptr is None:
-        total = tl.load(x_at, inside, 0.0).to(tl.float32)
-    else:
-        given = first + row >= missing
+    given = inside if null_ptr is None else inside & (first + row >= missing)
+    total = tl.load(x_at, given, 0.0).to(tl.float32)
+    if shift_ptr is not None:
+        total += tl.load(shift_ptr + column, across, 0.0).to(tl.float32)[None, :]
+    if null_ptr is not None:
         null = tl.load(null_ptr + column, across, 0.0).to(tl.float32)
-        total = tl.load(x_at, inside & given, 0.0).to(tl.float32)
         total = tl.where(given, total, null[None, :])
     if residual_ptr is not None:
         residual_at = row * stride_residual + column[None, :]
@@ -99,10 +103,11 @@ def add_layer_norm_kernel(
     bias: Tensor,
     eps: float = 1e-5,
     position: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel on arguments that `add_layer_norm` accepts."""
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return total, normalise(x, (residual, total), weight, bias, eps, position)
+    return total, normalise(x, (residual, total), weight, bias, eps, position, shift)
 
 
 def normalise(
@@ -112,11 +117,13 @@ def normalise(
     bias: Tensor,
     eps: float,
     position: Tensor | None,
+    shift: Tensor | None = None,
     null: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel.
 
     Args:
+        shift: ``(channels,)``, added to the rows of ``x``.
         sum_of: what to add to ``x``, and where the sum goes: like ``x``, contiguous, or ``(rows,
             channels)`` with channels together.
         null: ``(channels,)``, what the first rows are where ``x`` has fewer than is added to it.
@@ -130,9 +137,8 @@ def normalise(
     rows = normed.numel() // channels
     _add_layer_norm.launch(
         lambda blocks: (-(-rows // blocks["ROWS"]),),
-        flat, residual, None if null is None else null.contiguous(),
-        weight.contiguous(), bias.contiguous(),
-        None if position is None else position.contiguous(),
+        flat, _together(shift), residual, _together(null), weight.contiguous(), bias.contiguous(),
+        _together(position),
         total, normed, rows, rows - flat.shape[0], tokens,
         1 if position is None else position.shape[0],
         flat.stride(0), 0 if residual is None else residual.stride(0),
@@ -141,6 +147,10 @@ def normalise(
         PADDED=1 << (channels - 1).bit_length(),
     )  # fmt: skip
     return normed
+
+
+def _together(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _rows(x: Tensor, channels: int) -> Tensor:
@@ -155,9 +165,10 @@ def add_layer_norm_reference(
     bias: Tensor,
     eps: float = 1e-5,
     position: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same with torch's layer norm."""
-    total = x + residual
+    total = (x if shift is None else x + shift) + residual
     return total, norm_reference(total, weight, bias, eps, position)
 
 
@@ -178,7 +189,7 @@ def norm_reference(
     "lsync::add_layer_norm",
     mutates_args=(),
     schema="(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps=1e-5, "
-    "Tensor? position=None) -> (Tensor, Tensor)",
+    "Tensor? position=None, Tensor? shift=None) -> (Tensor, Tensor)",
 )
 def add_layer_norm(
     x: Tensor,
@@ -187,6 +198,7 @@ def add_layer_norm(
     bias: Tensor,
     eps: float = 1e-5,
     position: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add two tensors and normalise the sum over its last dimension.
 
@@ -196,6 +208,7 @@ def add_layer_norm(
         eps: added to the variance.
         position: ``(F, C)``, added to the norm of frame ``f``. Then ``x`` is
             ``(batch*F, tokens, C)``, frames of a chunk one after another.
+        shift: ``(C,)``, added to the sum, which is rounded once.
 
     Returns:
         ``total (..., C)``, the rounded sum, and ``normed (..., C)``, its norm; contiguous, of
@@ -204,12 +217,13 @@ def add_layer_norm(
     Raises:
         OptionError: shapes or dtypes that do not fit each other, or more than 8192 channels.
     """
-    _check(x, residual, weight, bias, position)
+    _check(x, residual, weight, bias, position, shift)
     if runs_kernel(x):
-        return add_layer_norm_kernel(x, residual, weight, bias, eps, position)
+        return add_layer_norm_kernel(x, residual, weight, bias, eps, position, shift)
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     position = None if position is None else position.to(x.dtype)
-    total, normed = add_layer_norm_reference(x, residual, weight, bias, eps, position)
+    shift = None if shift is None else shift.to(x.dtype)
+    total, normed = add_layer_norm_reference(x, residual, weight, bias, eps, position, shift)
     return total.contiguous(), normed.contiguous()
 
 
@@ -221,24 +235,37 @@ def _fake(
     bias: Tensor,
     eps: float = 1e-5,
     position: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, residual, weight, bias, position)
+    _check(x, residual, weight, bias, position, shift)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 def _check(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor | None,
+    shift: Tensor | None,
 ) -> None:
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise OptionError(
             f"add_layer_norm: x is {tuple(x.shape)} {x.dtype}, but residual is "
             f"{tuple(residual.shape)} {residual.dtype}"
         )
-    check_norm("add_layer_norm", x, weight, bias, position)
+    check_norm("add_layer_norm", x, weight, bias, position, shift)
 
 
-def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None) -> None:
-    """Whether the weights and the frames' encoding fit ``x``; raises OptionError."""
+def check_norm(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    """Whether the weights, the frames' encoding and a shift fit ``x``; raises OptionError."""
     channels = x.shape[-1]
     if channels > MAX_CHANNELS:
         raise OptionError(f"{op}: {channels} channels are more than {MAX_CHANNELS}")
@@ -246,6 +273,8 @@ def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, position: Tenso
         raise OptionError(
             f"{op}: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({channels},)"
         )
+    if shift is not None and shift.shape != (channels,):
+        raise OptionError(f"{op}: shift {tuple(shift.shape)} must be ({channels},)")
     if position is None:
         return
     if position.dim() != 2 or position.shape[1] != channels:

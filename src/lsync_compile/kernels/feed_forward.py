@@ -17,7 +17,8 @@ are written side by side to begin with. The joined weights are made once, in flo
 the weights were; the sum between is not rounded any more.
 
 Without a condition, attention to it gives the same for every token (``null_audio``): the rows of
-``x`` that are known so are given as one, ``null``, and never written out.
+``x`` that are known so are given as one, ``null``, and never written out. The other rows may be
+given without the bias of the projection that made them, which is ``shift`` then.
 """
 
 from __future__ import annotations
@@ -54,13 +55,14 @@ def feed_forward_kernel(
     weight_out: Tensor,
     bias_out: Tensor | None,
     null: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernels on arguments that `feed_forward` accepts."""
     channels, inner = x.shape[-1], weight_in.shape[0] // 2
     rows = residual.numel() // channels
     wide = x.new_empty(rows, inner + channels)
     sum_of = residual, wide[:, inner:]
-    normed = normalise(x, sum_of, norm_weight, norm_bias, eps, None, null)
+    normed = normalise(x, sum_of, norm_weight, norm_bias, eps, None, shift, null)
     linear_geglu_kernel(normed.view(rows, channels), weight_in, bias_in, wide[:, :inner])
     return F.linear(wide, weight_out, bias_out).view(*residual.shape[:-1], -1)
 
@@ -76,8 +78,10 @@ def feed_forward_reference(
     weight_out: Tensor,
     bias_out: Tensor | None,
     null: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """The same with torch's operations."""
+    x = x if shift is None else x + shift
     if null is not None:
         missing = residual.shape[0] - x.shape[0]
         x = torch.cat([null.expand(missing, *x.shape[1:]), x])
@@ -90,8 +94,8 @@ def feed_forward_reference(
     "lsync::feed_forward",
     mutates_args=(),
     schema="(Tensor x, Tensor residual, Tensor norm_weight, Tensor norm_bias, float eps, "
-    "Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, Tensor? null=None) "
-    "-> Tensor",
+    "Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, Tensor? null=None, "
+    "Tensor? shift=None) -> Tensor",
 )
 def feed_forward(
     x: Tensor,
@@ -104,6 +108,7 @@ def feed_forward(
     weight_out: Tensor,
     bias_out: Tensor | None,
     null: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Sum, layer norm, gated projection, and the product of the gated channels and the sum.
 
@@ -117,6 +122,7 @@ def feed_forward(
         weight_out: ``(O, H + C)``, see `joined_weight`.
         bias_out: ``(O,)``, or none.
         null: ``(C,)``, what each row of ``x`` is that comes before those given.
+        shift: ``(C,)``, of any of these dtypes, added to the rows given.
 
     Returns:
         ``(N, ..., O)``, contiguous, of ``x``'s dtype.
@@ -124,14 +130,14 @@ def feed_forward(
     Raises:
         OptionError: shapes or dtypes that do not fit each other, or more than 8192 channels.
     """
-    _check(x, residual, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, null)
+    products = weight_in, bias_in, weight_out, bias_out
+    _check(x, residual, norm_weight, norm_bias, *products, null, shift)
     if runs_kernel(x):
-        return feed_forward_kernel(
-            x, residual, norm_weight, norm_bias, eps, weight_in, bias_in, weight_out, bias_out, null
-        )
+        return feed_forward_kernel(x, residual, norm_weight, norm_bias, eps, *products, null, shift)
     norm_weight, norm_bias = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
+    shift = None if shift is None else shift.to(x.dtype)
     return feed_forward_reference(
-        x, residual, norm_weight, norm_bias, eps, weight_in, bias_in, weight_out, bias_out, null
+        x, residual, norm_weight, norm_bias, eps, *products, null, shift
     ).contiguous()
 
 
@@ -147,8 +153,10 @@ def _fake(
     weight_out: Tensor,
     bias_out: Tensor | None,
     null: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    _check(x, residual, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, null)
+    products = weight_in, bias_in, weight_out, bias_out
+    _check(x, residual, norm_weight, norm_bias, *products, null, shift)
     return x.new_empty((*residual.shape[:-1], weight_out.shape[0]))
 
 
@@ -162,6 +170,7 @@ def _check(
     weight_out: Tensor,
     bias_out: Tensor | None,
     null: Tensor | None,
+    shift: Tensor | None,
 ) -> None:
     fewer_rows = null is not None and residual.shape[1:] == x.shape[1:]
     fits = residual.shape == x.shape or (fewer_rows and residual.shape[0] > x.shape[0])
@@ -169,7 +178,7 @@ def _check(
         raise OptionError(
             f"feed_forward: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ"
         )
-    check_norm("feed_forward", x, norm_weight, norm_bias, None)
+    check_norm("feed_forward", x, norm_weight, norm_bias, None, shift)
     channels = x.shape[-1]
     if weight_in.dim() != 2 or weight_in.shape[1] != channels or weight_in.shape[0] % 2:
         raise OptionError(

@@ -132,7 +132,17 @@ def group_norm_moments(
     tl.store(squares_ptr + at, squares, c < channels)
 
 
-@kernel([Config({"BLOCK": 64})])
+def _fits_slots(config: Config, arguments: Mapping[str, Any]) -> bool:
+    """All slots at once where there are few, at most 64 values a thread."""
+    slots, block = arguments["outer"] * arguments["runs"], config.blocks["BLOCK"]
+    return block == 64 or (block <= 2 * slots and block * arguments["PADDED_CHANNELS"] <= 8192)
+
+
+@kernel(
+    [Config({"BLOCK": 64}), Config({"BLOCK": 64}, warps=1), Config({"BLOCK": 256})],
+    key=("outer", "runs", "CHANNELS"),
+    fits=_fits_slots,
+)
 def group_norm_affine(
     mean_ptr,  # (images, outer, runs, groups * CHANNELS), float32
     squares_ptr,  # like mean

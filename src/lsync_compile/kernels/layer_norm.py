@@ -2,7 +2,8 @@
 
 ``out = (x - mean) / sqrt(var + eps) * weight + bias`` over the channels of each token (Ba et al.,
 2016, https://arxiv.org/abs/1607.06450). The kernel is `lsync_compile.kernels.add_layer_norm`'s,
-with nothing to add: several tokens a program, and the sum with the encoding costs no pass.
+with nothing to add: several tokens a program, and the sum with the encoding costs no pass. Nor
+does a ``shift`` of ``x``, such as the bias of the projection that made it.
 """
 
 from __future__ import annotations
@@ -16,27 +17,42 @@ from lsync_compile.kernels.spec import KernelSpec, Tolerance, register
 
 
 def layer_norm_kernel(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, position: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    position: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Launch the kernel on arguments that `layer_norm` accepts."""
-    return normalise(x, None, weight, bias, eps, position)
+    return normalise(x, None, weight, bias, eps, position, shift)
 
 
 def layer_norm_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, position: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    position: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """The same with torch's layer norm."""
-    return norm_reference(x, weight, bias, eps, position)
+    return norm_reference(x if shift is None else x + shift, weight, bias, eps, position)
 
 
 @torch.library.custom_op(
     "lsync::layer_norm",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor bias, float eps=1e-5, Tensor? position=None)"
-    " -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor bias, float eps=1e-5, Tensor? position=None, "
+    "Tensor? shift=None) -> Tensor",
 )
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, position: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    position: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Normalise over the last dimension.
 
@@ -46,6 +62,7 @@ def layer_norm(
         eps: added to the variance.
         position: ``(F, C)``, added to the norm of frame ``f``. Then ``x`` is
             ``(batch*F, tokens, C)``, frames of a chunk one after another.
+        shift: ``(C,)``, added to ``x``; the sum is not rounded.
 
     Returns:
         ``(..., C)``, contiguous, of ``x``'s dtype.
@@ -53,19 +70,25 @@ def layer_norm(
     Raises:
         OptionError: shapes that do not fit each other, or more than 8192 channels.
     """
-    check_norm("layer_norm", x, weight, bias, position)
+    check_norm("layer_norm", x, weight, bias, position, shift)
     if runs_kernel(x):
-        return layer_norm_kernel(x, weight, bias, eps, position)
+        return layer_norm_kernel(x, weight, bias, eps, position, shift)
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     position = None if position is None else position.to(x.dtype)
-    return layer_norm_reference(x, weight, bias, eps, position).contiguous()
+    shift = None if shift is None else shift.to(x.dtype)
+    return layer_norm_reference(x, weight, bias, eps, position, shift).contiguous()
 
 
 @layer_norm.register_fake
 def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, position: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    position: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    check_norm("layer_norm", x, weight, bias, position)
+    check_norm("layer_norm", x, weight, bias, position, shift)
     return x.new_empty(x.shape)
 
 

@@ -29,10 +29,10 @@ import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from lsync_compile.graph.axes import Axes, Digit, after_view, viewed
+from lsync_compile.graph.biases import convolution_bias, sum_of_biases, without_bias
 from lsync_compile.graph.build import call, drop, example, replace
 from lsync_compile.graph.match import ADD, argument, calls, operands, sole_user
 from lsync_compile.kernels.residual_moments import SPEC
@@ -118,7 +118,7 @@ def _measurable(x: Any) -> bool:
         return all(_measurable(part) for part in argument(source, 0, "tensors"))
     if calls(source, operator.getitem) and calls(source.args[0], OP):
         return bool(source.args[1] == 0)
-    return operands(source, ADD) is not None or _bias_of(source) is not None
+    return operands(source, ADD) is not None or convolution_bias(source) is not None
 
 
 def _source(x: Any) -> Node | None:
@@ -172,9 +172,9 @@ def _measure(source: Node) -> Node:
     """Replace a sum or convolution by the op; gives the sum."""
     graph, pair = source.graph, operands(source, ADD)
     if pair is None:
-        bias = _bias_of(source)
+        bias = convolution_bias(source)
         with graph.inserting_before(source):
-            op = call(graph, OP, _without_bias(source), None, bias, like=source)
+            op = call(graph, OP, without_bias(source, 2), None, bias, like=source)
             return _instead(source, op)
     # A convolution's result, with the channels together, sets the layout of the sum.
     places = sorted((0, 1), key=lambda place: _added(pair[place]) is None)
@@ -184,9 +184,9 @@ def _measure(source: Node) -> Node:
         if convolution is None:
             continue
         with graph.inserting_before(source):
-            bias = _total(bias, _bias_of(convolution), source)
+            bias = sum_of_biases(bias, convolution_bias(convolution), source)
         with graph.inserting_before(convolution):
-            replace(convolution, _without_bias(convolution))
+            replace(convolution, without_bias(convolution, 2))
         drop(convolution)
     with graph.inserting_before(source):
         first, second = (source.args[place] for place in places)
@@ -206,37 +206,8 @@ def _added(part: Any) -> Node | None:
     views: list[Node] = []
     node = part
     while isinstance(node, Node) and sole_user(node) is not None:
-        if _bias_of(node) is not None:
+        if convolution_bias(node) is not None:
             return node if _same_frames(node, views[::-1]) else None
         views.append(node)
         node = viewed(node)
     return None
-
-
-def _bias_of(node: Any) -> Node | None:
-    """The bias of a convolution of pictures."""
-    value = example(node) if calls(node, F.conv2d, torch.conv2d) else None
-    if value is None or value.dim() != 4:
-        return None
-    bias = argument(node, 2, "bias")
-    return bias if example(bias) is not None else None
-
-
-def _without_bias(convolution: Node) -> Node:
-    """Insert the same convolution without its bias."""
-    args, kwargs = list(convolution.args), dict(convolution.kwargs)
-    if len(args) > 2:
-        args[2] = None
-    else:
-        kwargs.pop("bias")
-    target: Any = convolution.target
-    return call(convolution.graph, target, *args, like=convolution, **kwargs)
-
-
-def _total(one: Node | None, other: Node | None, like: Node) -> Node | None:
-    """Insert the sum of two biases in float32."""
-    if one is None or other is None:
-        return one or other
-    graph = like.graph
-    wide = [call(graph, "float", each, like=like) for each in (one, other)]
-    return call(graph, torch.add, *wide, like=like)
