@@ -36,6 +36,13 @@ def test_is_the_group_norm_of_what_was_measured(normal, dtype, silu, shape, layo
     judge(dtype, x, 2, weight, bias, 1e-6, silu)
 
 
+@pytest.mark.parametrize("frames", [64, 70, 300])
+def test_more_runs_than_are_read_at_once(normal, frames):
+    """Moments of a group are merged 64 or 256 runs at a time."""
+    x = together(normal(1, 6, frames, 2, 3) + 1)
+    judge(torch.float32, x, 2, *normal(2, 6))
+
+
 def test_its_own_reference_takes_the_same_moments(normal, dtype):
     x = together(normal(2, 20, 3, 9, 17, dtype=dtype))
     _, moments = residual_moments(x, None, None)

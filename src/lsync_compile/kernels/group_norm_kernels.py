@@ -169,32 +169,39 @@ def group_norm_affine(
     slots = outer * runs
     base = image * slots * channels
 
-    sums = tl.zeros((BLOCK, PADDED_CHANNELS), tl.float32)
-    for start in range(0, slots, BLOCK):
-        inside = (start + slot < slots) & (lane < CHANNELS)[None, :]
-        length = tl.minimum(run, positions - (start + slot) % runs * run).to(tl.float32)
-        at = base + (start + slot) * channels + c[None, :]
-        sums += tl.load(mean_ptr + at, inside, 0.0) * length
-    mean = tl.sum(sums) / count
-
-    sums = tl.zeros((BLOCK, PADDED_CHANNELS), tl.float32)
-    for start in range(0, slots, BLOCK):
-        inside = (start + slot < slots) & (lane < CHANNELS)[None, :]
-        length = tl.minimum(run, positions - (start + slot) % runs * run).to(tl.float32)
-        at = base + (start + slot) * channels + c[None, :]
-        distance = tl.where(inside, tl.load(mean_ptr + at, inside, 0.0) - mean, 0.0)
-        sums += tl.load(squares_ptr + at, inside, 0.0) + length * distance * distance
-    rstd = tl.rsqrt(tl.sum(sums) / count + eps)
-
     weight = tl.load(weight_ptr + c, lane < CHANNELS, 0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, lane < CHANNELS, 0.0).to(tl.float32)
-    centre = tl.zeros((PADDED_CHANNELS,), tl.float32) - mean
+    shift = tl.zeros((PADDED_CHANNELS,), tl.float32)
     if shift_ptr is not None:
         shift_at = shift_ptr + image * channels + c
-        centre += tl.load(shift_at, lane < CHANNELS, 0.0).to(tl.float32)
+        shift += tl.load(shift_at, lane < CHANNELS, 0.0).to(tl.float32)
+
+    # The first slots, most often all, are read once and kept.
+    inside = (slot < slots) & (lane < CHANNELS)[None, :]
+    length = tl.minimum(run, positions - slot % runs * run).to(tl.float32)
+    at = base + slot * channels + c[None, :]
+    means = tl.load(mean_ptr + at, inside, 0.0)
+    sums = tl.load(squares_ptr + at, inside, 0.0)
+    totals = means * length
+    for start in range(BLOCK, slots, BLOCK):
+        more = (start + slot < slots) & (lane < CHANNELS)[None, :]
+        further = tl.minimum(run, positions - (start + slot) % runs * run).to(tl.float32)
+        totals += tl.load(mean_ptr + at + start * channels, more, 0.0) * further
+    mean = tl.sum(totals) / count
+
+    distance = tl.where(inside, means - mean, 0.0)
+    sums += length * distance * distance
+    for start in range(BLOCK, slots, BLOCK):
+        more = (start + slot < slots) & (lane < CHANNELS)[None, :]
+        further = tl.minimum(run, positions - (start + slot) % runs * run).to(tl.float32)
+        place = at + start * channels
+        distance = tl.where(more, tl.load(mean_ptr + place, more, 0.0) - mean, 0.0)
+        sums += tl.load(squares_ptr + place, more, 0.0) + further * distance * distance
+    rstd = tl.rsqrt(tl.sum(sums) / count + eps)
+
     at = image * channels + c
     tl.store(scale_ptr + at, weight * rstd, lane < CHANNELS)
-    tl.store(offset_ptr + at, centre * (weight * rstd) + bias, lane < CHANNELS)
+    tl.store(offset_ptr + at, (shift - mean) * (weight * rstd) + bias, lane < CHANNELS)
 
 
 @kernel(_TILES, key=("positions", "channels", "x_stride_c", "SILU"))

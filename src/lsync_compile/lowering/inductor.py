@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from lsync_compile.lowering.base import Lowered
 from lsync_compile.lowering.cache_key import ops_key
+from lsync_compile.lowering.written_once import written_once
 from lsync_compile.options import Options
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> L
         torch._inductor.exc.InductorError: where Inductor cannot; see
             ``lsync_compile.backend.LOWERING_ERRORS`` for what else may come out of it.
     """
+    gm = written_once(gm)
     inputs, patches = list(example_inputs), {**_keyed(gm), **options.inductor}
     hits = _hits()
     note = _needs_compile_fx(inputs)
