@@ -210,6 +210,16 @@ def test_fewer_steps_are_those_that_take_as_long() -> None:
     assert found == (4,)  # (700 - 200) / 125
 
 
+def test_quality_is_judged_of_the_steps_that_were_timed_before(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan.results.write_text(json.dumps({"sections": sections()}))
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(command, "measure_quality", lambda *given: asked.append(given[-1]))
+    run(dataclasses.replace(plan, measures=("quality",)))
+    assert asked == [(4,)]
+
+
 def test_the_table_the_page_and_the_plots(tmp_path: Path) -> None:
     page = markdown(sections())
     assert "| original, eager | 4.00 | 4000.0 | 190.00 |" in page

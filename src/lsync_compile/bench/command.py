@@ -142,6 +142,8 @@ def run(plan: Plan, tell: Tell = lambda text: None) -> tuple[Results, str]:
     try:
         if "speed" in plan.measures:
             matched = measure_speed(plan, results, budget, tell)
+        else:
+            matched = matching_on_file(results)
         if "quality" in plan.measures:
             measure_quality(plan, results, budget, tell, matched)
         if "waterfall" in plan.measures:
@@ -190,6 +192,13 @@ def matching_steps(section: Section) -> tuple[int, ...]:
             if 1 <= steps < 20:
                 found.append(steps)
     return tuple(sorted(set(found), reverse=True))
+
+
+def matching_on_file(results: Results) -> tuple[int, ...]:
+    """:func:`matching_steps` of what any machine timed, so that quality stands beside speed."""
+    timed = [content for content in results.sections if content["kind"] == "speed"]
+    steps = {count for content in timed for count in matching_steps(Section(results, content))}
+    return tuple(sorted(steps, reverse=True))
 
 
 def _time(
