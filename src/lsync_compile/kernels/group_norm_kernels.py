@@ -133,13 +133,20 @@ def group_norm_moments(
 
 
 def _fits_slots(config: Config, arguments: Mapping[str, Any]) -> bool:
-    """All slots at once where there are few, at most 64 values a thread."""
+    """All slots at once where there are few, at most 32 values a thread, or registers spill."""
     slots, block = arguments["outer"] * arguments["runs"], config.blocks["BLOCK"]
-    return block == 64 or (block <= 2 * slots and block * arguments["PADDED_CHANNELS"] <= 8192)
+    values: int = block * arguments["PADDED_CHANNELS"]
+    few = values <= 1024 * config.warps and (block == 64 or block <= 2 * slots)
+    return few and (config.warps <= 4 or values >= 512 * config.warps)
 
 
 @kernel(
-    [Config({"BLOCK": 64}), Config({"BLOCK": 64}, warps=1), Config({"BLOCK": 256})],
+    [
+        Config({"BLOCK": 64}),
+        Config({"BLOCK": 64}, warps=1),
+        Config({"BLOCK": 64}, warps=8),
+        Config({"BLOCK": 256}),
+    ],
     key=("outer", "runs", "CHANNELS"),
     fits=_fits_slots,
 )
@@ -167,7 +174,8 @@ def group_norm_affine(
     c = tl.program_id(0) * CHANNELS + lane
     slot = tl.arange(0, BLOCK)[:, None]
     slots = outer * runs
-    base = image * slots * channels
+    mean_ptr += image * slots * channels
+    squares_ptr += image * slots * channels
 
     weight = tl.load(weight_ptr + c, lane < CHANNELS, 0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, lane < CHANNELS, 0.0).to(tl.float32)
@@ -179,14 +187,14 @@ def group_norm_affine(
     # The first slots, most often all, are read once and kept.
     inside = (slot < slots) & (lane < CHANNELS)[None, :]
     length = tl.minimum(run, positions - slot % runs * run).to(tl.float32)
-    at = base + slot * channels + c[None, :]
+    at = slot * channels + c[None, :]
     means = tl.load(mean_ptr + at, inside, 0.0)
     sums = tl.load(squares_ptr + at, inside, 0.0)
     totals = means * length
     for start in range(BLOCK, slots, BLOCK):
         more = (start + slot < slots) & (lane < CHANNELS)[None, :]
         further = tl.minimum(run, positions - (start + slot) % runs * run).to(tl.float32)
-        totals += tl.load(mean_ptr + at + start * channels, more, 0.0) * further
+        totals += tl.load(mean_ptr + start * channels + at, more, 0.0) * further
     mean = tl.sum(totals) / count
 
     distance = tl.where(inside, means - mean, 0.0)
@@ -194,9 +202,10 @@ def group_norm_affine(
     for start in range(BLOCK, slots, BLOCK):
         more = (start + slot < slots) & (lane < CHANNELS)[None, :]
         further = tl.minimum(run, positions - (start + slot) % runs * run).to(tl.float32)
-        place = at + start * channels
-        distance = tl.where(more, tl.load(mean_ptr + place, more, 0.0) - mean, 0.0)
-        sums += tl.load(squares_ptr + place, more, 0.0) + further * distance * distance
+        read = tl.load(mean_ptr + start * channels + at, more, 0.0)
+        distance = tl.where(more, read - mean, 0.0)
+        read = tl.load(squares_ptr + start * channels + at, more, 0.0)
+        sums += read + further * distance * distance
     rstd = tl.rsqrt(tl.sum(sums) / count + eps)
 
     at = image * channels + c
