@@ -23,7 +23,7 @@ from kernel_cases import cases
 from lsync_compile.kernels import registered
 from lsync_compile.kernels.launch import Config, Launch, record_launches
 from lsync_compile.kernels.linear_geglu_kernels import stream
-from lsync_compile.kernels.resources import compile_sm90
+from lsync_compile.kernels.resources import compile_for
 from lsync_compile.kernels.upsample_conv_kernels import spread
 
 # Precisions of the UNet, and float32 at the largest and the widest level.
@@ -54,7 +54,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
 
 def row(label: str, launch: Launch, config: Config) -> dict[str, Any]:
     """Compile one configuration of a launch and describe the result."""
-    resources = compile_sm90(launch, config)
+    resources = compile_for(launch, config)
     loads = re.findall(r"\bLDG\.[A-Z0-9.]*", resources.sass)
     return {
         "kernel": launch.kernel.name,

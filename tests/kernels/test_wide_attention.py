@@ -90,7 +90,7 @@ def test_what_it_is_for(dtype, width, keys, expected):
 
 @pytest.mark.skipif(triton is None or INTERPRETED, reason="compiles with Triton")
 def test_compiles_for_sm90_without_spills():
-    from lsync_compile.kernels.resources import compile_sm90
+    from lsync_compile.kernels.resources import compile_for
 
     for keys in (1024, 4096, 16384):
         q = torch.empty(2, 1, keys, 512, dtype=torch.float16, device="meta")
@@ -98,4 +98,4 @@ def test_compiles_for_sm90_without_spills():
             attend(q, q, q, None)
         launch = launches[0]
         for config in launch.kernel.candidates(launch.arguments):
-            assert compile_sm90(launch, config).spills == 0, (keys, config)
+            assert compile_for(launch, config).spills == 0, (keys, config)

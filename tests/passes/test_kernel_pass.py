@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from captures import capture
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
-from lsync_compile.kernels import registered
+from lsync_compile.kernels import launch, registered
 from lsync_compile.options import Options
 from lsync_compile.passes.kernel_pass import KernelPass
 from lsync_compile.passes.spec import PassContext
@@ -74,3 +77,56 @@ def test_one_tensor() -> None:
     assert not Some().takes(nodes["double"], on)
     assert not Some().takes(nodes["chunk"], on)
     assert not Some().takes(None, on)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], GraphModule]]:
+    """A graph of a half-precision input on a GPU of a compute capability that is not here."""
+
+    def make(*capability: int) -> GraphModule:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        gm, _ = capture(plain, torch.ones(3, dtype=torch.float16))
+        (x,) = (node for node in gm.graph.nodes if node.op == "placeholder")
+        with FakeTensorMode():
+            x.meta["example_value"] = torch.empty(3, dtype=torch.float16, device="cuda:0")
+        return gm
+
+    launch.capability.cache_clear()
+    yield make
+    launch.capability.cache_clear()
+
+
+@pytest.mark.skipif(launch.triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize("kernels", ["auto", "on"])
+@pytest.mark.parametrize(
+    ("kernel", "capability", "reason"),
+    [
+        ("geglu", (8, 0), ""),
+        ("geglu", (12, 0), ""),
+        ("geglu", (7, 5), "geglu needs a GPU of compute capability 8.0, this one has 7.5"),
+        ("fp8_linear", (8, 9), ""),
+        ("fp8_linear", (8, 6), "fp8_linear needs a GPU of compute capability 8.9, "
+         "this one has 8.6"),
+    ],
+)  # fmt: skip
+def test_older_gpus(
+    on_gpu: Callable[[int, int], GraphModule],
+    kernel: str,
+    capability: tuple[int, int],
+    reason: str,
+    kernels: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Some, "kernel", registered()[kernel])
+    assert veto(on_gpu(*capability), kernels=kernels) == reason
+
+
+@pytest.mark.skipif(launch.triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter runs kernels on anything")
+def test_ops_on_older_gpus_run_their_references(
+    on_gpu: Callable[[int, int], GraphModule],
+) -> None:
+    for capability, expected in (((7, 5), False), ((8, 0), True)):
+        launch.capability.cache_clear()
+        (x,) = (n for n in on_gpu(*capability).graph.nodes if n.op == "placeholder")
+        assert launch.runs_kernel(x.meta["example_value"]) == expected

@@ -216,5 +216,6 @@ SPEC = register(
         reference=fp8_linear_reference,
         source="Micikevicius et al. (2022), https://arxiv.org/abs/2209.05433",
         tolerances=dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), _EITHER),
+        capability=(8, 9),  # the first with tensor cores for these codes
     )
 )

@@ -30,10 +30,12 @@ except ImportError:  # platforms without Triton
 
 __all__ = [
     "INTERPRETED",
+    "OLDEST",
     "Config",
     "Kernel",
     "Launch",
     "TensorDescriptor",
+    "capability",
     "function",
     "kernel",
     "record_launches",
@@ -43,6 +45,10 @@ __all__ = [
 ]
 
 INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
+
+# Compute capability that the kernels need of an NVIDIA GPU. What is compiled for an older one
+# spills thousands of registers, or does not fit (benchmarks/kernels_elsewhere.py).
+OLDEST = (8, 0)
 
 # Triton 3.10 changes the default, and 3.9 warns of it.
 OPTIONS: Mapping[str, Any] = {"enable_fp_fusion": True}
@@ -196,7 +202,15 @@ def _tensor(args: Iterable[Any]) -> Tensor:
 
 def runs_kernel(x: Tensor) -> bool:
     """Whether an op on ``x`` launches its kernel; it runs its reference otherwise."""
-    return triton is not None and (INTERPRETED or x.is_cuda)
+    if INTERPRETED or triton is None or not x.is_cuda:
+        return INTERPRETED
+    return bool(torch.version.hip) or capability(x.device) >= OLDEST
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
 
 
 def recording() -> bool:

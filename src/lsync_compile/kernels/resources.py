@@ -1,4 +1,4 @@
-"""What a kernel needs of an H100's multiprocessor, found without one.
+"""What a kernel needs of a GPU's multiprocessor, found without one.
 
 Triton compiles for a GPU that is not there, and its package carries the disassembler.
 """
@@ -29,10 +29,43 @@ _POINTERS = {
 
 
 @dataclass(frozen=True)
+class Multiprocessor:
+    """What one has, by the CUDA programming guide's table of compute capabilities.
+
+    Attributes:
+        threads: resident at once.
+        programs: resident at once.
+        shared: bytes of shared memory; a program has 1024 of them for the system.
+    """
+
+    threads: int
+    programs: int
+    shared: int
+
+    @property
+    def shared_of_program(self) -> int:
+        """Bytes of shared memory that one program can have."""
+        return self.shared - 1024
+
+
+# By compute capability, ten times: T4 and RTX 20; A100; RTX 30 and A10; RTX 40, L4 and L40S; H100
+# and H200; RTX 50.
+MULTIPROCESSORS = {
+    75: Multiprocessor(1024, 16, 64 * 1024),
+    80: Multiprocessor(2048, 32, 164 * 1024),
+    86: Multiprocessor(1536, 16, 100 * 1024),
+    89: Multiprocessor(1536, 24, 100 * 1024),
+    90: Multiprocessor(2048, 32, 228 * 1024),
+    120: Multiprocessor(1536, 24, 100 * 1024),
+}
+
+
+@dataclass(frozen=True)
 class Resources:
     """Of one compiled kernel.
 
     Attributes:
+        capability: what it was compiled for, one of `MULTIPROCESSORS`.
         registers: 32-bit registers a thread.
         spills: instructions that load or store a thread's local memory.
         shared: bytes of shared memory a program.
@@ -40,6 +73,7 @@ class Resources:
         sass: the machine code as text.
     """
 
+    capability: int
     registers: int
     spills: int
     shared: int
@@ -48,20 +82,29 @@ class Resources:
 
     @property
     def programs(self) -> int:
-        """How many programs one multiprocessor of an H100 holds at once."""
+        """How many programs one multiprocessor holds at once; 0 if one does not fit."""
+        holds = MULTIPROCESSORS[self.capability]
         # Registers are given out to warps in units of 256.
         registers = -(-self.registers * 32 // 256) * 256 * (self.threads // 32)
-        limits = [2048 // self.threads, 65536 // registers, 32]
+        limits = [holds.threads // self.threads, 65536 // registers, holds.programs]
         if self.shared:
-            limits.append(227 * 1024 // (self.shared + 1024))
+            limits.append(holds.shared // (self.shared + 1024))
         return min(limits)
 
 
-def compile_sm90(launch: Launch, config: Config) -> Resources:
-    """Compile one recorded launch in one configuration for compute capability 9.0.
+def compile_for(launch: Launch, config: Config, capability: int = 90) -> Resources:
+    """Compile one recorded launch in one configuration.
 
     Arguments are specialised as at run time: integers equal to 1 become constants, and pointers
     and integers are told to be multiples of 16 where they are.
+
+    Args:
+        launch: of a kernel, with its arguments.
+        config: which of its configurations.
+        capability: compute capability, ten times; one of `MULTIPROCESSORS`.
+
+    Raises:
+        Exception: Triton's, where the kernel needs what that GPU has not.
     """
     jitted = launch.kernel.jitted
     arguments: dict[str, Any] = {**launch.arguments, **config.blocks}
@@ -79,13 +122,14 @@ def compile_sm90(launch: Launch, config: Config) -> Resources:
         signature[parameter.name] = kind
     compiled = triton.compile(
         ASTSource(jitted, signature, constants, attributes),
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", capability, 32),
         options={"num_warps": config.warps, "num_stages": config.stages, **OPTIONS},
     )
     usage, sass = _disassemble(compiled.asm["cubin"])
     match = re.search(r"REG:(\d+)", usage)
     assert match is not None, usage
     return Resources(
+        capability=capability,
         registers=int(match.group(1)),
         spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         shared=compiled.metadata.shared,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lsync_compile.kernels.launch import OLDEST, capability
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -39,6 +41,7 @@ class KernelSpec:
         reference: the same in plain torch, with the op's arguments.
         source: paper or code that defines the operation.
         tolerances: supported dtypes.
+        capability: compute capability that it needs of an NVIDIA GPU.
     """
 
     name: str
@@ -48,6 +51,17 @@ class KernelSpec:
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
     source: str
     tolerances: Mapping[torch.dtype, Tolerance]
+    capability: tuple[int, int] = OLDEST
+
+    def lacks(self, device: torch.device) -> str:
+        """What a GPU lacks for the kernel; empty where nothing, and for other devices."""
+        if device.type != "cuda" or torch.version.hip:
+            return ""
+        found = capability(device)
+        if found >= self.capability:
+            return ""
+        needed, has = (".".join(map(str, each)) for each in (self.capability, found))
+        return f"{self.name} needs a GPU of compute capability {needed}, this one has {has}"
 
 
 _REGISTRY: dict[str, KernelSpec] = {}

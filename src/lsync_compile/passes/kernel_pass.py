@@ -25,15 +25,17 @@ class KernelPass(Pass):
     kernel: ClassVar[KernelSpec]
 
     def veto(self, gm: GraphModule, context: PassContext) -> str:
-        """Switched off, gradients, autocast, writes, a CPU, no Triton, or no dtype for it."""
+        """Switched off, gradients, autocast, writes, a CPU, an old GPU, no Triton, no dtype."""
         if context.options.kernels == "off":
             return "option kernels is 'off'"
         reason = why_no_kernel(gm.graph)
         if reason:
             return reason
         tensors = _floating_inputs(gm.graph)
+        on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
+        if on_gpu and (lacking := self.kernel.lacks(on_gpu[0].device)):
+            return lacking
         if context.options.kernels == "auto":
-            on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
             if not on_gpu:
                 return "no kernel runs on a CPU"
             if not runs_kernel(on_gpu[0]):
