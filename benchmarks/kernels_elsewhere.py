@@ -4,10 +4,11 @@
     python benchmarks/kernels_elsewhere.py --capabilities 89   # RTX 40, L4, L40S
 
 Compiles every configuration that may run at LatentSync's shapes in half precision for each compute
-capability and reads the machine code. A configuration is *usable* if it compiles, spills nothing and
-leaves room for one program on a multiprocessor; on such a GPU the first call times those that run.
-``programs`` is how many a multiprocessor holds at once of the usable one that it holds most of,
-``warps`` how many warps those are, of ``most_warps``. Fails if a kernel that runs there has none.
+capability and reads the machine code. A configuration is *usable* if it compiles, spills nothing
+and leaves room for one program on a multiprocessor; on such a GPU the first call times those that
+run. ``programs`` is how many a multiprocessor holds at once of the usable one that keeps most warps
+there, ``warps`` how many those are, of ``most_warps``. Fails if a kernel that runs on such a GPU
+has none.
 """
 
 from __future__ import annotations

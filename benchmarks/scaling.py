@@ -1,13 +1,13 @@
-"""How does the work of a chunk grow, and what may smaller GPUs expect of a UNet step?
+"""How does the work of a chunk grow, and what may smaller GPUs expect?
 
     python benchmarks/scaling.py            # any machine, three minutes
 
 Two kinds of rows. *counted*: TFLOP of a UNet step, of the VAE and of a chunk of LatentSync 1.6,
 counted by torch on tensors without memory, over resolution, frames a chunk, guidance and chunks in
-a call; and the bytes of the weights. *modelled*: milliseconds of a UNet step on other GPUs, from
-the step that `unet_step.json` has of an H100. A step is between what it would take if only
-arithmetic and if only memory traffic counted: the H100's time by the ratio of the makers' figures
-for one or the other. That is no measurement, and says nothing of what fits into their memory.
+a call; and the bytes of the weights. *modelled*: milliseconds of a UNet step and frames/s of the
+presets on other GPUs, from what `lsync bench` last measured on one of those listed. A step is
+between what it would take if only arithmetic and if only memory traffic counted: the measured time
+by the ratio of the makers' figures for one or the other. That is no measurement.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lsync_compile.models.unet import UNet3DConditionModel
 
 KEY = ("kind", "pixels", "frames", "guidance", "chunks", "gpu")
 STEPS = 20
+PRESETS = ("exact", "balanced", "turbo")
 # (resolution, frames a chunk, guidance, chunks in a call)
 SHAPES = [
     *((pixels, 16, True, 1) for pixels in (256, 384, 512, 768)),
@@ -36,6 +37,7 @@ SHAPES = [
 ]
 # Dense tensor-core TFLOP/s for fp16 products added up in fp32, and GB/s, as the makers state them.
 STATED = {
+    "H200 SXM 141 GB": (989.0, 4800.0),
     "H100 SXM 80 GB": (989.0, 3350.0),
     "A100 SXM 80 GB": (312.0, 2039.0),
     "L40S 48 GB": (362.0, 864.0),
@@ -107,41 +109,51 @@ def gigabytes(module: torch.nn.Module) -> float:
 
 
 def modelled(measured: Path) -> list[dict[str, Any]]:
-    """Rows of other GPUs, by the newest row of the preset exact.
+    """Rows of other GPUs, by the newest full-size run in half precision of one of `STATED`.
+
+    Args:
+        measured: what ``lsync bench`` wrote.
 
     Raises:
         SystemExit: there is none.
     """
-    content = json.loads(measured.read_text())
-    steps = [
-        row["p50"]
-        for row in content["rows"]
-        if row["variant"] == "lsync" and row["guidance"] and row["latents"] == 64
-    ]
-    if not steps or "H100" not in content["machine"]["device"]:
-        raise SystemExit(f"{measured} has no step of `lsync` at 512 px of an H100 to model from")
-    here = STATED["H100 SXM 80 GB"]
+    for section in reversed(json.loads(measured.read_text())["sections"]):
+        source = next((gpu for gpu in STATED if gpu.split()[0] in section["machine"]["device"]), "")
+        timed = {row["row"]: row for row in section["rows"] if "frames_per_s" in row}
+        usual = {"size": "full", "pixels": 512, "frames": 16, "dtype": "float16", "steps": STEPS}
+        if source and section["setting"] == usual and timed.keys() >= set(PRESETS):
+            break
+    else:
+        raise SystemExit(f"{measured} has no run of {', '.join(PRESETS)} on a GPU to model from")
     rows = []
     for gpu, stated in STATED.items():
-        ratios = [ours / theirs for ours, theirs in zip(here, stated, strict=True)]
+        ratios = [ours / theirs for ours, theirs in zip(STATED[source], stated, strict=True)]
         rows.append(
             {
                 "kind": "modelled",
                 "gpu": gpu,
+                "measured_on": source,
                 "stated_tflops": stated[0],
                 "stated_gb_per_s": stated[1],
-                "h100_step_ms": steps[-1],
-                "step_ms_from": round(steps[-1] * min(ratios), 1),
-                "step_ms_to": round(steps[-1] * max(ratios), 1),
+                "unet_step_ms": spread(timed["exact"]["unet_step_ms"], ratios),
+                "frames_per_s": {
+                    preset: spread(timed[preset]["frames_per_s"], [1 / ratio for ratio in ratios])
+                    for preset in PRESETS
+                },
             }
         )
         print(rows[-1], flush=True)
     return rows
 
 
+def spread(measured: float, factors: list[float]) -> list[float]:
+    """The least and the most that a figure becomes."""
+    return [round(measured * factor, 1) for factor in (min(factors), max(factors))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--measured", type=Path, default=RESULTS / "unet_step.json")
+    parser.add_argument("--measured", type=Path, default=RESULTS / "bench" / "bench.json")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling.json")
     arguments = parser.parse_args()
     rows = [*counted(), *modelled(arguments.measured)]

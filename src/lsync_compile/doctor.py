@@ -86,9 +86,7 @@ def _devices() -> Iterator[Finding]:
             f"{device.name}, {gigabytes:.0f} GiB, "
             f"compute capability {capability[0]}.{capability[1]}"
         )
-        yield Finding(
-            f"gpu {index}", "warning" if lacking else "ok", "; ".join([found, *lacking])
-        )
+        yield Finding(f"gpu {index}", "warning" if lacking else "ok", "; ".join([found, *lacking]))
 
 
 def _codecs() -> Iterator[Finding]:
