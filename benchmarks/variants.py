@@ -11,7 +11,8 @@
 
 Each of lsync's may end in ``lowering=eager``.
 
-NAME is a boolean option that is on in ``exact``: the passes in running order, then the others.
+NAME is a boolean option that is on in ``exact``: CUDA graphs and what is hoisted, then the passes
+in running order.
 After ``with=`` it is a fusion that is off, see :func:`candidates`, or one of `LOSSY`.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_every_row_has_a_name_of_its_own_and_valid_options() -> None:
     plan = Plan(
         Path("x"), torch.device("cuda"), torch.float16, "full", recording=Path("x"), clip=Path("x")
     )
-    found = [*plan.rows((8,)), *rows.waterfall("eager")]
+    found = [*plan.rows((8,)), *rows.waterfall(on_gpu=True)]
     names = [row.name for row in found]
     assert len(set(names)) == len(names)
     assert {ORIGINAL, PACKAGE, "Inductor", "Inductor, UniPC 8", "TensorRT", *PRESETS} <= set(names)
@@ -62,6 +63,23 @@ def test_every_row_has_a_name_of_its_own_and_valid_options() -> None:
     assert (options.deep_cache_interval, options.deep_cache_branch) == (3, 0)
     assert options.deep_cache_predictor == "reuse"
     assert not options.fuse_qkv
+
+
+def test_a_waterfall_ends_with_all_of_exact() -> None:
+    on_cpu, on_gpu = rows.waterfall(on_gpu=False), rows.waterfall(on_gpu=True)
+    assert on_gpu[:-1] == on_cpu
+    exact = resolve_options("exact")
+    assert resolve_options(options=on_gpu[-1].options) == dataclasses.replace(exact, strict=True)
+    found = [row.name.removeprefix("+ ") for row in on_cpu]
+    # Each later row is about the device alone, with what a pass joins computed once.
+    assert found[0] == "none"
+    first_pass = found.index("remove_noops")
+    assert {"cuda_graphs", "hoist_weights"} <= set(found[:first_pass])
+    for before, after in itertools.pairwise(on_cpu):
+        assert before.options is not None
+        assert after.options is not None
+        changed = [name for name in after.options if before.options[name] != after.options[name]]
+        assert changed == [after.name.removeprefix("+ ")]
 
 
 def test_rows_by_name_and_by_the_beginning_of_one() -> None:

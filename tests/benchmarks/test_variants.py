@@ -26,7 +26,8 @@ def test_a_waterfall_has_every_pass_in_running_order_and_each_switch_once() -> N
     assert [name for name in names if name in passes] == [
         name for name in passes if getattr(exact, name)
     ]
-    assert not {"strict", "compile_vae", "keep_captures"} & set(names)
+    assert names[-1] in passes
+    assert not {"strict", "compile_vae", "keep_captures", "face_cache"} & set(names)
 
 
 def test_each_name_stands_for_its_options() -> None:

@@ -270,7 +270,7 @@ def measure_quality(
 def measure_waterfall(plan: Plan, results: Results, budget: Budget, tell: Tell) -> None:
     """Time a UNet step with each exact optimisation added to those before it."""
     section, about = _section(plan, results, "waterfall")
-    rows = list(missing(plan, section, rowing.waterfall(plan.lowering)))
+    rows = list(missing(plan, section, rowing.waterfall(plan.on_gpu)))
     networks = make_networks(plan) if rows else None
     for row in rows:
         assert networks is not None
