@@ -20,7 +20,8 @@ def test_recorded_kernels_fit_all_supported_gpus() -> None:
     rows = json.loads((RESULTS / "kernels_elsewhere.json").read_text())["rows"]
     assert {row["capability"] for row in rows} == {75, 80, 86, 89, 90, 120}
     for row in rows:
-        if row["capability"] >= 80:
+        # Heads of 160 channels spill in our attention, where the libraries' is taken.
+        if row["capability"] >= 80 and row["kernel"] != "spatial_attention":
             assert row["usable"], row
     # Why `lsync_compile.kernels.launch.OLDEST` is what it is.
     assert any(row["capability"] == 75 and not row["usable"] for row in rows)

@@ -50,6 +50,49 @@ def test_configurations_that_do_not_fit_are_left_out():
     assert tried.candidates({"m": 0}) == configs  # none fits: any is better than none
 
 
+@pytest.mark.skipif(triton is None or INTERPRETED, reason="about kernels that are compiled")
+def test_a_kernel_that_fits_no_gpu_says_so(monkeypatch):
+    """As a RuntimeError, which `lsync_compile.kernels.fastest` takes for "not this way"."""
+    from triton.runtime.errors import OutOfResources
+
+    class Tuner:
+        def __getitem__(self, grid):
+            def run(*args, **constants):
+                raise OutOfResources(147456, 101376, "shared memory")
+
+            return run
+
+    @kernel([Config({"N": 8})])
+    def large(x_ptr, N):
+        pass
+
+    monkeypatch.setattr(large, "_tuner", Tuner())
+    large._ahead = lambda: None
+    with pytest.raises(RuntimeError, match=r"large cannot run on this GPU: .*101376"):
+        large.launch(lambda blocks: (1,), torch.zeros(8), N=8)
+    assert large._ahead is None  # the arguments' memory
+
+
+@pytest.mark.skipif(triton is None or INTERPRETED, reason="about kernels that are compiled")
+def test_a_configuration_that_does_not_fit_is_slowest(monkeypatch):
+    from triton.compiler.errors import CompilationError
+
+    def bench(call, **settings):
+        return call()
+
+    @kernel([Config({"N": 8})])
+    def tried(x_ptr, N):
+        pass
+
+    def unknown_dtype():
+        raise CompilationError(None, None, "type fp8e4nv not supported in this architecture")
+
+    monkeypatch.setattr(triton.testing, "do_bench", bench)
+    time = tried._tuner.do_bench
+    assert time(unknown_dtype, (0.5, 0.2, 0.8)) == [float("inf")] * 3
+    assert time(lambda: [1.0] * 3, (0.5, 0.2, 0.8)) == [1.0] * 3
+
+
 def test_a_name_is_registered_once():
     spec = registered()["geglu"]
     with pytest.raises(ValueError, match="registered twice"):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +26,13 @@ from lsync_compile.cores import usable_cores
 try:
     import triton
     import triton.language as tl
+    from triton.errors import TritonError
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # platforms without Triton
     triton = tl = TensorDescriptor = None
+    TritonError = RuntimeError
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "INTERPRETED",
@@ -116,7 +122,11 @@ class Kernel:
         return [c for c in self.configs if self._fits(c, arguments)] or list(self.configs)
 
     def launch(self, grid: Grid, *args: Any, **constants: Any) -> None:
-        """Run the kernel on ``grid``, a function of the configuration's block sizes."""
+        """Run the kernel on ``grid``, a function of the configuration's block sizes.
+
+        Raises:
+            RuntimeError: no configuration can run on this GPU.
+        """
         if _recorded is not None:
             arguments = dict(zip(self._names, args, strict=False)) | constants
             _recorded.append(Launch(self, arguments))
@@ -127,8 +137,12 @@ class Kernel:
         else:
             # Triton launches on the current device, torch on that of the tensors.
             with self._lock, torch.cuda.device_of(_tensor(args)):
-                self._tuner[grid](*args, **constants, **OPTIONS)
-                self._ahead = None  # it holds the arguments
+                try:
+                    self._tuner[grid](*args, **constants, **OPTIONS)
+                except TritonError as error:
+                    raise RuntimeError(f"{self.name} cannot run on this GPU: {error}") from error
+                finally:
+                    self._ahead = None  # it holds the arguments
 
     @functools.cached_property
     def _tuner(self) -> Any:
@@ -154,7 +168,11 @@ class Kernel:
                 self._ahead()
                 self._ahead = None
             # Milliseconds. Enough to tell apart what differs by a few per cent.
-            return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
+            try:
+                return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
+            except TritonError as error:  # it does not compile for this GPU, or does not fit it
+                log.info("%s: a configuration cannot run: %s", self.name, error)
+                return [math.inf] * len(quantiles)
 
         return triton.autotune(
             list(tuned),
