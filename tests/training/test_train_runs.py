@@ -97,7 +97,7 @@ def test_unet_learns_to_listen() -> None:
     trainer = Trainer(pair, dtype=torch.float32, ema=0.98)
     toy, levels = Toy(), signal_levels(default_scheduler(), torch.device("cpu"))
     region = 1 + 2 * (1 - toy.mask)[None, :, None]
-    steps = 320
+    steps = 220
     for step in range(steps):
         batch, _ = toy.draw(8)
         terms = training_terms(
