@@ -46,6 +46,17 @@ STATED = {
     "L4 24 GB": (121.0, 300.0),
 }
 
+# By the name that torch has for it; another with a like name is another GPU.
+DEVICES = {
+    "NVIDIA H200": "H200 SXM 141 GB",
+    "NVIDIA H100 80GB HBM3": "H100 SXM 80 GB",
+    "NVIDIA A100-SXM4-80GB": "A100 SXM 80 GB",
+    "NVIDIA L40S": "L40S 48 GB",
+    "NVIDIA GeForce RTX 4090": "RTX 4090 24 GB",
+    "NVIDIA GeForce RTX 3090": "RTX 3090 24 GB",
+    "NVIDIA L4": "L4 24 GB",
+}
+
 
 def counted() -> list[dict[str, Any]]:
     """Rows of work for each shape."""
@@ -118,7 +129,7 @@ def modelled(measured: Path) -> list[dict[str, Any]]:
         SystemExit: there is none.
     """
     for section in reversed(json.loads(measured.read_text())["sections"]):
-        source = next((gpu for gpu in STATED if gpu.split()[0] in section["machine"]["device"]), "")
+        source = DEVICES.get(section["machine"]["device"], "")
         timed = {row["row"]: row for row in section["rows"] if "frames_per_s" in row}
         usual = {"size": "full", "pixels": 512, "frames": 16, "dtype": "float16", "steps": STEPS}
         if source and section["setting"] == usual and timed.keys() >= set(PRESETS):

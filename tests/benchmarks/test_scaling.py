@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from scaling import PRESETS, STATED, modelled
+from scaling import DEVICES, PRESETS, STATED, modelled
 
 SETTING = {"size": "full", "pixels": 512, "frames": 16, "dtype": "float16", "steps": 20}
 
@@ -31,6 +31,15 @@ def test_figures_lie_between_the_ratios_of_what_makers_state(tmp_path: Path) -> 
     assert card["unet_step_ms"] == [332.3, 599.4]  # 3350 / 1008 and 989 / 165
     assert card["frames_per_s"]["turbo"] == [5.0, 9.0]
     assert card["measured_on"] == "H100 SXM 80 GB"
+
+
+def test_a_gpu_is_known_by_its_whole_name(tmp_path: Path) -> None:
+    assert set(DEVICES.values()) == set(STATED)
+    for other in ("GeForce RTX 3080", "L40", "GH200 480GB", "H100 PCIe"):
+        with pytest.raises(SystemExit, match="to model from"):
+            modelled(write(tmp_path / "bench.json", section(f"NVIDIA {other}", 10.0)))
+    rows = modelled(write(tmp_path / "bench.json", section("NVIDIA GeForce RTX 3090", 10.0)))
+    assert rows[0]["measured_on"] == "RTX 3090 24 GB"
 
 
 def test_the_newest_full_run_counts(tmp_path: Path) -> None:

@@ -119,6 +119,33 @@ class Two(nn.Module):
         return self.one(total) * self.other(total)
 
 
+def test_a_gradient_goes_through() -> None:
+    a, b = torch.randn(2, 2, 4, 5, 5).unbind()
+    a.requires_grad_()
+    gm, inputs = capture(Two(), a, b)
+    assert written_once(gm) is gm
+    with torch.no_grad():
+        assert forced(written_once(gm)) == 1
+    result = inductor.lower(gm, inputs, Options()).call(*inputs)[0]
+    (found,) = torch.autograd.grad(result.sum(), a)
+    (expected,) = torch.autograd.grad(gm(*inputs)[0].sum(), a)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_writes_to_a_shared_value_is_seen() -> None:
+    two = Two()
+
+    def written(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        place = torch.empty_like(a)
+        total = torch.add(a, b, out=place)
+        one = two.one(total)
+        place.mul_(2)
+        return one * two.other(total), place
+
+    gm, _ = capture(written, torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5))
+    assert written_once(gm) is gm
+
+
 @pytest.mark.parametrize(("module", "count"), [(Pointwise(), 0), (Two(), 1)], ids=["own", "sum"])
 def test_what_is_asked_for(module: nn.Module, count: int) -> None:
     gm, inputs = capture(module, torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5))

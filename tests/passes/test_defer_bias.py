@@ -31,7 +31,7 @@ from lsync_compile.passes.fuse_residual_moments import FuseResidualMoments
 from lsync_compile.passes.fuse_temporal_attention import FuseTemporalAttention
 from lsync_compile.passes.manager import PassManager
 from lsync_compile.passes.remove_noops import RemoveNoops
-from lsync_compile.passes.spec import Phase
+from lsync_compile.passes.spec import PassContext, Phase
 
 BEFORE = (
     RemoveNoops,
@@ -230,10 +230,45 @@ class Result(Block):
         return given, self.second(given).cos()
 
 
+class Expanded(nn.Module):
+    """The bias is one number for all channels, or others for each row."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(shape))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.linear(x.sin(), self.weight, self.bias)).cos()
+
+
+def test_it_stays_away_from_writes_and_gradients() -> None:
+    block = Block().requires_grad_(False)
+
+    def written(x: Tensor) -> Tensor:
+        y = x.sin()
+        y.add_(1)
+        return block(y)
+
+    gm, _ = capture(written, torch.randn(4, 6, 8))
+    veto = DeferBias().veto(gm, PassContext(Options(kernels="on"), "module"))
+    assert veto == "the graph writes in place"
+    gm, _ = capture(block, torch.randn(4, 6, 8, requires_grad=True))
+    veto = DeferBias().veto(gm, PassContext(Options(kernels="on"), "module"))
+    assert veto.startswith("a gradient is wanted")
+
+
 @pytest.mark.parametrize(
     "make",
-    [Doubled, lambda: Mixed(4), lambda: Mixed(16), Result],
-    ids=["both parts", "fewer channels", "more channels", "result"],
+    [
+        *(Doubled, lambda: Mixed(4), lambda: Mixed(16), Result),
+        *(lambda: Expanded(1), lambda: Expanded(1, 8), lambda: Expanded(6, 8)),
+    ],
+    ids=[
+        *("both parts", "fewer channels", "more channels", "result"),
+        *("one number", "one row", "rows"),
+    ],
 )
 def test_it_does_not_fire(make: Callable[[], nn.Module]) -> None:
     gm, _ = capture(make(), torch.randn(4, 6, 8))

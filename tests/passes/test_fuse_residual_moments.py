@@ -117,6 +117,12 @@ def convolution_seen_twice(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Tensor
     return norm(s, w) + s
 
 
+def convolution_doubled(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    h = F.conv2d(x, v, w, padding=1)
+    s = h + h
+    return norm(s, w) + s
+
+
 def joined(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> Tensor:
     s = x + r
     c = torch.cat([s, s * 2 + x], dim=1)
@@ -161,6 +167,15 @@ def test_what_is_taken(function: Callable, norms: int, sums: int, dtype: torch.d
     new, old = (networks.distance(each(*inputs)[0], exact) for each in (after, gm))
     # A convolution is rounded before its bias, as in torch's GPU kernels.
     assert new <= {torch.float32: 1e-6}.get(dtype, 2 * old)
+
+
+def test_a_bias_that_is_due_twice_stays() -> None:
+    gm, inputs = capture(convolution_doubled, X, R, W, V)
+    after, record = fused(normed(gm))
+    assert record.matches == 1
+    (op,) = (node for node in after.graph.nodes if node.target is OP)
+    assert op.args[2] is None
+    torch.testing.assert_close(after(*inputs)[0], gm(*inputs)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_bias_that_others_see_stays() -> None:

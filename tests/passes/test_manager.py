@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from captures import Attention, capture
+from torch import Tensor
 from torch.fx import GraphModule
 
 import lsync_compile
@@ -131,6 +134,29 @@ def test_unused_nodes_go_after_a_change() -> None:
     gm = capture(lambda x: (x * 2) + 1, torch.ones(3))[0]
     (record,) = run(gm, make("a", orphan))
     assert record.nodes_after == 2  # the input and the output
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.add_(1),
+        lambda x: F.relu(x, inplace=True),
+        lambda x: torch.add(x, 1, out=x),
+        lambda x: x.__setitem__(0, 1),
+        lambda x: operator.iadd(x, 1),
+    ],
+    ids=["method", "inplace", "out", "item", "operator"],
+)
+def test_what_writes_is_not_unused(write: Callable[[Tensor], object]) -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x * 2
+        write(y)
+        return y.cos() + 1
+
+    gm, (x,) = capture(function, torch.ones(3) - 2)
+    (record,) = run(gm, make("a", double_the_cosine))
+    assert record.outcome == "applied"
+    torch.testing.assert_close(gm(x)[0], 2 * function(x) - 1)
 
 
 def test_a_pass_must_not_change_inputs_or_outputs() -> None:

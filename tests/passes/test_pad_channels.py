@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captures import capture, make_unet, unet_inputs
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from lsync_compile.graph.copying import copy_graph
 from lsync_compile.options import Options
 from lsync_compile.passes.manager import PassManager
 from lsync_compile.passes.pad_channels import PadChannels
+from lsync_compile.passes.spec import PassContext
 
 
 def padded(gm: GraphModule, kernels: str = "on"):
@@ -67,6 +68,28 @@ def test_it_does_not_fire(make: Callable) -> None:
     after, record = padded(gm)
     assert record.outcome == "no match"
     assert networks.ops(after) == networks.ops(gm)
+
+
+def test_it_stays_away_from_writes_gradients_and_autocast() -> None:
+    def written(x: Tensor) -> Tensor:
+        y = x * 1.5
+        y.clamp_(min=0.0)
+        return module(y)
+
+    module = nn.Conv2d(13, 6, 3).half().requires_grad_(False)
+    x = torch.randn(2, 13, 9, 7).half()
+    gm, inputs = capture(written, x)
+    after, record = padded(gm)
+    assert (record.outcome, record.reason) == ("vetoed", "the graph writes in place")
+    assert torch.equal(after(*inputs)[0], written(x))
+
+    def veto(gm: GraphModule) -> str:
+        return PadChannels().veto(gm, PassContext(Options(kernels="on"), "module"))
+
+    gm, _ = capture(module, x.requires_grad_())
+    assert veto(gm).startswith("a gradient is wanted")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert veto(gm).startswith("autocast")
 
 
 def test_a_cpu_gains_nothing() -> None:

@@ -195,8 +195,15 @@ def matching_steps(section: Section) -> tuple[int, ...]:
 
 
 def matching_on_file(results: Results) -> tuple[int, ...]:
-    """:func:`matching_steps` of what any machine timed, so that quality stands beside speed."""
-    timed = [content for content in results.sections if content["kind"] == "speed"]
+    """:func:`matching_steps` of full-size runs on any machine, so that quality stands beside speed.
+
+    Quality is of one model whatever was timed, so the sections' other settings do not matter.
+    """
+    timed = [
+        content
+        for content in results.sections
+        if content["kind"] == "speed" and content["setting"]["size"] == "full"
+    ]
     steps = {count for content in timed for count in matching_steps(Section(results, content))}
     return tuple(sorted(steps, reverse=True))
 

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node, symbolic_trace
 from torch.fx.node import map_arg
 
+from lsync_compile.graph.purity import writes_in_place
+
 
 def example(node: Any) -> Tensor | None:
     """The node's example value where it is a tensor."""
@@ -110,11 +112,21 @@ def drop(node: Node) -> None:
     waiting = [node]
     while waiting:
         current = waiting.pop()
-        if current.users or current.op == "placeholder" or current.is_impure():
+        if current.users or current.op == "placeholder" or _does_more(current):
             continue
         sources = current.all_input_nodes
         current.graph.erase_node(current)
         waiting.extend(sources)
+
+
+def drop_unused(graph: Graph) -> None:
+    """Erase what nothing uses, but what writes: FX takes ``x.add_(1)`` for a computed value."""
+    graph.eliminate_dead_code(_does_more)
+
+
+def _does_more(node: Node) -> bool:
+    """Whether a node does more than compute a value."""
+    return node.is_impure() or writes_in_place(node)
 
 
 def refresh(changed: Node) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from lsync_compile.graph.build import example
+from lsync_compile.graph.build import drop_unused, example
 from lsync_compile.graph.copying import copy_graph
 from lsync_compile.graph.purity import has_writes
 from lsync_compile.graph.skips import skip_joins
@@ -121,7 +121,7 @@ def _take_features(gm: GraphModule, branch: int) -> None:
 
 
 def _settle(gm: GraphModule) -> None:
-    gm.graph.eliminate_dead_code()
+    drop_unused(gm.graph)
     gm.graph.lint()
     gm.recompile()
 

@@ -208,7 +208,7 @@ def add_layer_norm(
         eps: added to the variance.
         position: ``(F, C)``, added to the norm of frame ``f``. Then ``x`` is
             ``(batch*F, tokens, C)``, frames of a chunk one after another.
-        shift: ``(C,)``, added to the sum, which is rounded once.
+        shift: ``(C,)``, added to the sum. The kernel rounds once, the reference twice.
 
     Returns:
         ``total (..., C)``, the rounded sum, and ``normed (..., C)``, its norm; contiguous, of

@@ -62,7 +62,7 @@ def layer_norm(
         eps: added to the variance.
         position: ``(F, C)``, added to the norm of frame ``f``. Then ``x`` is
             ``(batch*F, tokens, C)``, frames of a chunk one after another.
-        shift: ``(C,)``, added to ``x``; the sum is not rounded.
+        shift: ``(C,)``, added to ``x``; the kernel does not round the sum, the reference does.
 
     Returns:
         ``(..., C)``, contiguous, of ``x``'s dtype.

@@ -23,6 +23,7 @@ from lsync_compile.graph.axes import viewed
 from lsync_compile.graph.build import call, example
 from lsync_compile.graph.copying import copy_graph
 from lsync_compile.graph.match import ADD, CONVOLUTION, MULTIPLY, calls
+from lsync_compile.graph.purity import why_seen
 
 _FORCE: Any = getattr(inductor_prims, "force_stride_order", None)  # not part of torch's interface
 _COMPUTED_WHERE_USED = (torch.cat, *ADD, *MULTIPLY)
@@ -32,6 +33,8 @@ _OUTSIDE = (*CONVOLUTION, F.linear, F.scaled_dot_product_attention)
 def written_once(gm: GraphModule) -> GraphModule:
     """A copy that asks for the strides of such values; ``gm`` itself where there are none."""
     if _FORCE is None or not any(_is_shared(node) for node in gm.graph.nodes):
+        return gm
+    if why_seen(gm.graph):  # it has no gradient, and a write to what it copies would be missed
         return gm
     gm = copy_graph(gm)
     for node in [node for node in gm.graph.nodes if _is_shared(node)]:

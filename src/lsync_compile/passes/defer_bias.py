@@ -23,7 +23,7 @@ Case 3, what ends a transformer in one op::
 Those ops read a number for each channel anyway, while libraries pay for a bias: cuDNN adds it in a
 pass of its own, and of cuBLASLt's products of 131072 rows and 320 channels the one chosen for a
 bias takes 0.084 ms on an H200 where that without takes 0.058. The pass stays away from a result
-that anything else sees, or that such an op is given twice.
+that anything else sees, or that such an op is given twice as it is.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from lsync_compile.graph.axes import Axes, after_view, viewed, whole
 from lsync_compile.graph.biases import bias_of, convolution_bias, sum_of_biases, without_bias
 from lsync_compile.graph.build import drop, example, replace
 from lsync_compile.graph.match import argument, calls
+from lsync_compile.passes.kernel_pass import why_no_kernel
 from lsync_compile.passes.spec import Pass, PassContext, PassSpec, Phase, register
 
 FEED_FORWARD = torch.ops.lsync.feed_forward.default
@@ -84,6 +85,9 @@ class DeferBias(Pass):
         "cost nothing; rounding differs.",
     )
 
+    def veto(self, gm: GraphModule, context: PassContext) -> str:
+        return why_no_kernel(gm.graph)
+
     def rewrite(self, gm: GraphModule, context: PassContext) -> int:
         return sum(_defer(node) for node in list(gm.graph.nodes))
 
@@ -117,6 +121,9 @@ def _biased(node: Node) -> tuple[Node, int, str, Axes] | None:
         place, bias = 1, convolution_bias(node)
     value = example(node)
     if bias is None or value is None or value.dim() < 2 or value.shape[place] < 2:
+        return None
+    numbers = example(bias)
+    if numbers is None or numbers.shape != (value.shape[place],):  # ``linear`` expands others
         return None
     names: list[Any] = list(range(value.dim()))
     names[place] = CHANNELS

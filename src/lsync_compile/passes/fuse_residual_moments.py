@@ -181,7 +181,7 @@ def _measure(source: Node) -> Node:
     bias = None
     for place in (0, 1):
         convolution = _added(source.args[place])
-        if convolution is None:
+        if convolution is None or pair[0] is pair[1]:  # whose bias would be due twice
             continue
         with graph.inserting_before(source):
             bias = sum_of_biases(bias, convolution_bias(convolution), source)

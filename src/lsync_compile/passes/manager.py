@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from lsync_compile.graph.build import drop_unused
 from lsync_compile.graph.copying import copy_graph
 from lsync_compile.graph.results import restore_strides, result_strides
 from lsync_compile.options import Options
@@ -218,7 +219,7 @@ def _write(path: Path, gm: GraphModule) -> None:
 
 def _settle(gm: GraphModule, name: str, before: Interface) -> None:
     """Drop what the rewrite left unused, check the graph and regenerate its code."""
-    gm.graph.eliminate_dead_code()
+    drop_unused(gm.graph)
     gm.graph.lint()
     after = _interface(gm.graph)
     if after[0] != before[0]:

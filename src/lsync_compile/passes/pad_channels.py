@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from lsync_compile.graph.build import call, drop, example, replace
 from lsync_compile.graph.match import CONVOLUTION, argument, calls
-from lsync_compile.graph.purity import wants_gradient
+from lsync_compile.passes.kernel_pass import why_no_kernel
 from lsync_compile.passes.spec import Pass, PassContext, PassSpec, Phase, register
 
 TOGETHER = 8  # channels of 16 bits that are read at once
@@ -41,7 +41,7 @@ class PadChannels(Pass):
     )
 
     def veto(self, gm: GraphModule, context: PassContext) -> str:
-        return "gradients are wanted" if wants_gradient(gm.graph) else ""
+        return why_no_kernel(gm.graph)
 
     def rewrite(self, gm: GraphModule, context: PassContext) -> int:
         on_cpu = context.options.kernels == "on"
