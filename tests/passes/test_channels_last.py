@@ -213,6 +213,9 @@ def test_why_it_stays_away() -> None:
     assert changed(gm)[1].reason == "no 2-D convolutions"
     gm, _ = capture(lambda x, w: conv(x, w).add_(1), X, W)
     assert changed(gm)[1].reason == "the graph writes in place"
+    gm, _ = capture(conv, X, W)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert changed(gm)[1].reason == "autocast chooses the dtypes"
     gm, _ = capture(conv, X, W.clone().requires_grad_())
     with torch.enable_grad():
         (record,) = PassManager(Options(kernels="on"), [ChannelsLast]).run(gm, "unet", "graph")

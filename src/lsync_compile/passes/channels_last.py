@@ -38,6 +38,7 @@ from torch.fx import Graph, GraphModule, Node
 from lsync_compile.graph.build import call, drop, example, refresh, replace
 from lsync_compile.graph.match import ADD, MULTIPLY, argument, calls
 from lsync_compile.graph.purity import has_writes, wants_gradient
+from lsync_compile.passes.kernel_pass import uses_autocast
 from lsync_compile.passes.spec import Pass, PassContext, PassSpec, Phase, register
 
 _VIEWS = ("view", "reshape", "unflatten", "flatten", "transpose", "permute", "unsqueeze", "squeeze")
@@ -75,6 +76,8 @@ class ChannelsLast(Pass):
             return "convolutions on a CPU gain nothing"
         if wants_gradient(gm.graph):
             return "gradients of weights would take another layout"
+        if uses_autocast(gm.graph):
+            return "autocast chooses the dtypes"
         return "the graph writes in place" if has_writes(gm.graph) else ""
 
     def rewrite(self, gm: GraphModule, context: PassContext) -> int:
