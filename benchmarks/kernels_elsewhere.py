@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from common import RESULTS, merge_results
 from kernels_sm90 import launches, source_hash
+from triton.errors import TritonError
 
 from lsync_compile.kernels.fp8_linear import SPEC as FP8_LINEAR
 from lsync_compile.kernels.launch import OLDEST, Launch
@@ -44,7 +45,7 @@ def row(label: str, launch: Launch, capability: int) -> dict[str, Any]:
     for config in launch.configs:
         try:
             compiled.append(compile_for(launch, config, capability))
-        except Exception as error:  # noqa: BLE001 - Triton's errors have no common class
+        except (TritonError, RuntimeError) as error:  # its own, and its compiler passes'
             failed.append(str(error).strip().splitlines()[-1])
     usable = [found for found in compiled if found.programs and not found.spills]
     best = max(usable, key=lambda found: found.programs * found.threads, default=None)
@@ -84,11 +85,10 @@ def main() -> None:
                 rows.append(row(label.removeprefix("float16 "), launch, capability))
                 print(*(f"{key}={value}" for key, value in rows[-1].items() if key != "source"))
     merge_results(arguments.out, __doc__.splitlines()[0], torch.device("cpu"), rows, KEY)
-    supported = OLDEST[0] * 10 + OLDEST[1]
     bare = [
         each
         for each in rows
-        if each["capability"] >= supported and each["kernel"] not in BESIDE_LIBRARIES
+        if divmod(each["capability"], 10) >= OLDEST and each["kernel"] not in BESIDE_LIBRARIES
         if not each["usable"]
     ]
     if bare:

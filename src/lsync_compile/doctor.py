@@ -10,7 +10,7 @@ from typing import Literal
 
 from lsync_compile.cores import usable_cores
 from lsync_compile.errors import LsyncError
-from lsync_compile.kernels.launch import OLDEST
+from lsync_compile.kernels.launch import OLDEST, supports
 
 SUPPORTED_TORCH = ((2, 11), (2, 14))
 
@@ -76,15 +76,13 @@ def _devices() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         gigabytes = device.total_memory / 2**30
-        capability = device.major, device.minor
         lacking = []
         if gigabytes < 8:
             lacking.append("LatentSync 1.6 needs about 8 GiB")
-        if capability < OLDEST and not torch.version.hip:
+        if not supports(torch.device("cuda", index)):
             lacking.append(f"older than {OLDEST[0]}.{OLDEST[1]}: no kernels of this package's own")
         found = (
-            f"{device.name}, {gigabytes:.0f} GiB, "
-            f"compute capability {capability[0]}.{capability[1]}"
+            f"{device.name}, {gigabytes:.0f} GiB, compute capability {device.major}.{device.minor}"
         )
         yield Finding(f"gpu {index}", "warning" if lacking else "ok", "; ".join([found, *lacking]))
 

@@ -54,8 +54,8 @@ def test_rooms_are_those_of_the_programming_guide(capability: int) -> None:
         return Resources(capability, registers, 0, shared, 128, "").programs
 
     assert programs(16, 0) == min(holds.threads // 128, holds.programs)
-    assert programs(16, holds.shared_of_program) == 1
-    assert programs(16, holds.shared_of_program + 1) == 0
+    assert programs(16, holds.shared - 1024) == 1
+    assert programs(16, holds.shared - 1024 + 1) == 0
     assert programs(255, 0) == min(2, holds.threads // 128)
 
 

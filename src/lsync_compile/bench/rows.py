@@ -100,9 +100,10 @@ def waterfall(on_gpu: bool) -> list[Row]:
     Operations run one by one until then: a row takes seconds to compile, not minutes.
     """
     base = {"preset": "exact", "lowering": "eager", "strict": True}
-    options: dict[str, Any] = {**base, **dict.fromkeys(switches(), False)}
+    names = switches()
+    options: dict[str, Any] = {**base, **dict.fromkeys(names, False)}
     rows = [Row("none", LSYNC, options)]
-    for name in switches():
+    for name in names:
         options = {**options, name: True}
         rows.append(Row(f"+ {name}", LSYNC, options))
     if on_gpu:

@@ -14,16 +14,19 @@ from lsync_compile.graph.match import CONVOLUTION, argument, calls
 def convolution_bias(node: Any) -> Node | None:
     """The bias of a convolution of pictures."""
     value = example(node) if calls(node, *CONVOLUTION) else None
-    return bias_of(node, 2, "bias") if value is not None and value.dim() == 4 else None
+    return bias_of(node) if value is not None and value.dim() == 4 else None
 
 
-def bias_of(node: Node, index: int, name: str) -> Node | None:
-    """A bias that a call is given, by position or by name; None where it is given none."""
+def bias_of(node: Node, index: int = 2, name: str = "bias") -> Node | None:
+    """A bias that a call is given, by position or by name; None where it is given none.
+
+    Convolutions and linear layers take theirs where the defaults say.
+    """
     bias = argument(node, index, name)
     return bias if example(bias) is not None else None
 
 
-def without_bias(node: Node, index: int, name: str = "bias") -> Node:
+def without_bias(node: Node, index: int = 2, name: str = "bias") -> Node:
     """Insert the same call without its bias."""
     args, kwargs = list(node.args), dict(node.kwargs)
     if len(args) > index:

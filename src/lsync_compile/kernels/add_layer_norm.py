@@ -123,9 +123,9 @@ def normalise(
     """Launch the kernel.
 
     Args:
-        shift: ``(channels,)``, added to the rows of ``x``.
         sum_of: what to add to ``x``, and where the sum goes: like ``x``, contiguous, or ``(rows,
             channels)`` with channels together.
+        shift: ``(channels,)``, added to the rows of ``x``.
         null: ``(channels,)``, what the first rows are where ``x`` has fewer than is added to it.
     """
     shape = x.shape if sum_of is None else sum_of[0].shape

@@ -47,6 +47,7 @@ __all__ = [
     "record_launches",
     "recording",
     "runs_kernel",
+    "supports",
     "tl",
 ]
 
@@ -222,7 +223,12 @@ def runs_kernel(x: Tensor) -> bool:
     """Whether an op on ``x`` launches its kernel; it runs its reference otherwise."""
     if INTERPRETED or triton is None or not x.is_cuda:
         return INTERPRETED
-    return bool(torch.version.hip) or capability(x.device) >= OLDEST
+    return supports(x.device)
+
+
+def supports(device: torch.device, needed: tuple[int, int] = OLDEST) -> bool:
+    """Whether a GPU has a compute capability; AMD's have none, and are not kept out."""
+    return bool(torch.version.hip) or capability(device) >= needed
 
 
 @functools.cache

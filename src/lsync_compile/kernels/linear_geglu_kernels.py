@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsync_compile.kernels.launch import Config, TensorDescriptor, function, kernel, tl
+from lsync_compile.kernels.launch import Config, TensorDescriptor, capability, function, kernel, tl
 
 DEPTH = 64  # channels of the input taken together
 PROGRAMS = 132  # multiprocessors of an H100, for tensors that are on no GPU
@@ -221,7 +221,7 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def streams(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `stream` does: it needs a copy engine, and memory that starts at 16 bytes."""
     aligned = x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device) == (9, 0)
+    hopper = not x.is_cuda or capability(x.device) == (9, 0)
     return TensorDescriptor is not None and aligned and hopper and takes(x, weight, bias)
 
 

@@ -42,11 +42,6 @@ class Multiprocessor:
     programs: int
     shared: int
 
-    @property
-    def shared_of_program(self) -> int:
-        """Bytes of shared memory that one program can have."""
-        return self.shared - 1024
-
 
 # By compute capability, ten times: T4 and RTX 20; A100; RTX 30 and A10; RTX 40, L4 and L40S; H100
 # and H200; RTX 50.
@@ -104,7 +99,7 @@ def compile_for(launch: Launch, config: Config, capability: int = 90) -> Resourc
         capability: compute capability, ten times; one of `MULTIPROCESSORS`.
 
     Raises:
-        Exception: Triton's, where the kernel needs what that GPU has not.
+        TritonError: the kernel needs what that GPU has not.
     """
     jitted = launch.kernel.jitted
     arguments: dict[str, Any] = {**launch.arguments, **config.blocks}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsync_compile.kernels.launch import OLDEST, capability
+from lsync_compile.kernels.launch import OLDEST, capability, supports
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,9 @@ class KernelSpec:
 
     def lacks(self, device: torch.device) -> str:
         """What a GPU lacks for the kernel; empty where nothing, and for other devices."""
-        if device.type != "cuda" or torch.version.hip:
+        if device.type != "cuda" or supports(device, self.capability):
             return ""
-        found = capability(device)
-        if found >= self.capability:
-            return ""
-        needed, has = (".".join(map(str, each)) for each in (self.capability, found))
+        needed, has = (".".join(map(str, c)) for c in (self.capability, capability(device)))
         return f"{self.name} needs a GPU of compute capability {needed}, this one has {has}"
 
 

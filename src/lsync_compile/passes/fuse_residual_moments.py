@@ -174,7 +174,7 @@ def _measure(source: Node) -> Node:
     if pair is None:
         bias = convolution_bias(source)
         with graph.inserting_before(source):
-            op = call(graph, OP, without_bias(source, 2), None, bias, like=source)
+            op = call(graph, OP, without_bias(source), None, bias, like=source)
             return _instead(source, op)
     # A convolution's result, with the channels together, sets the layout of the sum.
     places = sorted((0, 1), key=lambda place: _added(pair[place]) is None)
@@ -186,7 +186,7 @@ def _measure(source: Node) -> Node:
         with graph.inserting_before(source):
             bias = sum_of_biases(bias, convolution_bias(convolution), source)
         with graph.inserting_before(convolution):
-            replace(convolution, without_bias(convolution, 2))
+            replace(convolution, without_bias(convolution))
         drop(convolution)
     with graph.inserting_before(source):
         first, second = (source.args[place] for place in places)
